@@ -1,0 +1,7 @@
+"""Environments: the DeepMind Control Suite through Shimmy, and the same tasks on EnvPool."""
+
+from sb3_r2vpo.envs.dm_control import DM_CONTROL_IDS, register
+
+__all__ = ["DM_CONTROL_IDS", "register"]
+
+register()

@@ -1,0 +1,407 @@
+"""R2VPO: on-policy optimization with a constraint on the variance of the probability ratio in place of PPO's clip."""
+
+import inspect
+import math
+import warnings
+from collections import defaultdict
+from collections.abc import Iterator
+from numbers import Real
+from typing import Any, ClassVar, TypeVar
+
+import numpy as np
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.buffers import RolloutBuffer
+from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
+from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
+from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, RolloutBufferSamples, Schedule
+from stable_baselines3.common.utils import FloatSchedule, explained_variance
+from torch.nn import functional as F
+
+from sb3_r2vpo.dual import DualVariable
+from sb3_r2vpo.objectives import OBJECTIVES
+from sb3_r2vpo.r2vpo.policies import CnnPolicy, MlpPolicy, MultiInputPolicy
+
+SelfR2VPO = TypeVar("SelfR2VPO", bound="R2VPO")
+
+#: Clip range against which ``train/clip_fraction`` is counted, unless the objective has one of its own: SB3 PPO's default.
+PPO_CLIP_RANGE = 0.2
+
+
+class R2VPO(OnPolicyAlgorithm):
+    """
+    Ratio-Variance Regularized Policy Optimization (R2VPO), on-policy.
+
+    PPO without its clip: the update maximises ``E[rho A]`` subject to ``E[(rho - 1)^2] <= epsilon``, where ``rho`` is the
+    probability ratio between the current and the behaviour policy, by gradient ascent on the policy and dual ascent on the
+    multiplier ``lambda`` (Theorem 4.3 and Eq. 10). Apart from the four arguments that replace ``clip_range``, the signature,
+    the defaults and the behaviour are those of SB3's PPO.
+
+    Paper: https://arxiv.org/abs/2605.26784
+
+    :param policy: The policy model to use (MlpPolicy, CnnPolicy, ...)
+    :param env: The environment to learn from (if registered in Gym, can be str)
+    :param learning_rate: The learning rate, it can be a function
+        of the current progress remaining (from 1 to 0)
+    :param n_steps: The number of steps to run for each environment per update
+        (i.e. rollout buffer size is n_steps * n_envs where n_envs is number of environment copies running in parallel)
+    :param batch_size: Minibatch size
+    :param n_epochs: Number of epochs when optimizing the surrogate loss
+    :param gamma: Discount factor
+    :param gae_lambda: Factor for trade-off of bias vs variance for Generalized Advantage Estimator
+    :param var_coef: The multiplier ``lambda`` of the variance, in units of normalised advantage. "auto" (default) adapts it to
+        hold ``target_variance``, and "auto_0.5" does so from an initial value of 0.5; a number or a schedule fixes it.
+        Adaptive is the default because no fixed value serves small and large batches, or few and many action dimensions.
+    :param target_variance: The tolerance ``epsilon``: where an adaptive multiplier holds ``E[(rho - 1)^2]``, averaged over the
+        minibatches of an update. A number or a schedule.
+    :param dual_learning_rate: The step size ``eta`` of the adaptive multiplier, per minibatch.
+    :param objective: The policy objective: "r2vpo", or a baseline to compare with in the same loop: "ppo_clip", "clip_higher",
+        "gppo", "topr", "exact_kl", "spo" (see ``sb3_r2vpo.objectives``). The multiplier serves "r2vpo" only.
+    :param objective_kwargs: Coefficients of the baselines by their names in ``sb3_r2vpo.objectives``, numbers or schedules,
+        such as ``{"clip_range": 0.1}``. ``None`` takes each one's default.
+    :param clip_range_vf: Clipping parameter for the value function,
+        it can be a function of the current progress remaining (from 1 to 0).
+        If None is passed (default), no clipping will be done on the value function.
+        IMPORTANT: this clipping depends on the reward scaling.
+    :param normalize_advantage: Whether to normalize or not the advantage. It sets the units of ``lambda``.
+    :param ent_coef: Entropy coefficient for the loss calculation
+    :param vf_coef: Value function coefficient for the loss calculation
+    :param max_grad_norm: The maximum value for the gradient clipping
+    :param use_sde: Whether to use generalized State Dependent Exploration (gSDE)
+        instead of action noise exploration (default: False)
+    :param sde_sample_freq: Sample a new noise matrix every n steps when using gSDE
+        Default: -1 (only sample at the beginning of the rollout)
+    :param rollout_buffer_class: Rollout buffer class to use. If ``None``, it will be automatically selected.
+    :param rollout_buffer_kwargs: Keyword arguments to pass to the rollout buffer on creation
+    :param target_kl: Stop an update early once its approximate KL divergence exceeds 1.5 times this value.
+        By default, there is no limit on the KL divergence.
+    :param stats_window_size: Window size for the rollout logging, specifying the number of episodes to average
+        the reported success rate, mean episode length, and mean reward over
+    :param tensorboard_log: the log location for tensorboard (if None, no logging)
+    :param policy_kwargs: additional arguments to be passed to the policy on creation
+    :param verbose: Verbosity level: 0 for no output, 1 for info messages (such as device or wrappers used), 2 for
+        debug messages
+    :param seed: Seed for the pseudo random generators
+    :param device: Device (cpu, cuda, ...) on which the code should be run.
+        Setting it to auto, the code will be run on the GPU if possible.
+    :param _init_setup_model: Whether or not to build the network at the creation of the instance
+    :raises ValueError: A coefficient is out of its range, or the objective or one of its coefficients is unknown.
+    :raises AssertionError: As SB3's PPO: a batch of one with normalised advantages, an unsupported action space.
+    """
+
+    policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {
+        "MlpPolicy": MlpPolicy,
+        "CnnPolicy": CnnPolicy,
+        "MultiInputPolicy": MultiInputPolicy,
+    }
+
+    def __init__(
+        self,
+        policy: str | type[ActorCriticPolicy],
+        env: GymEnv | str,
+        learning_rate: float | Schedule = 3e-4,
+        n_steps: int = 2048,
+        batch_size: int = 64,
+        n_epochs: int = 10,
+        gamma: float = 0.99,
+        gae_lambda: float = 0.95,
+        var_coef: float | Schedule | str = "auto",
+        target_variance: float | Schedule = 0.02,
+        dual_learning_rate: float = 0.1,
+        objective: str = "r2vpo",
+        objective_kwargs: dict[str, Any] | None = None,
+        clip_range_vf: float | Schedule | None = None,
+        normalize_advantage: bool = True,
+        ent_coef: float = 0.0,
+        vf_coef: float = 0.5,
+        max_grad_norm: float = 0.5,
+        use_sde: bool = False,
+        sde_sample_freq: int = -1,
+        rollout_buffer_class: type[RolloutBuffer] | None = None,
+        rollout_buffer_kwargs: dict[str, Any] | None = None,
+        target_kl: float | None = None,
+        stats_window_size: int = 100,
+        tensorboard_log: str | None = None,
+        policy_kwargs: dict[str, Any] | None = None,
+        verbose: int = 0,
+        seed: int | None = None,
+        device: th.device | str = "auto",
+        _init_setup_model: bool = True,
+    ) -> None:
+        super().__init__(
+            policy,
+            env,
+            learning_rate=learning_rate,
+            n_steps=n_steps,
+            gamma=gamma,
+            gae_lambda=gae_lambda,
+            ent_coef=ent_coef,
+            vf_coef=vf_coef,
+            max_grad_norm=max_grad_norm,
+            use_sde=use_sde,
+            sde_sample_freq=sde_sample_freq,
+            rollout_buffer_class=rollout_buffer_class,
+            rollout_buffer_kwargs=rollout_buffer_kwargs,
+            stats_window_size=stats_window_size,
+            tensorboard_log=tensorboard_log,
+            policy_kwargs=policy_kwargs,
+            verbose=verbose,
+            device=device,
+            seed=seed,
+            _init_setup_model=False,
+            supported_action_spaces=(
+                spaces.Box,
+                spaces.Discrete,
+                spaces.MultiDiscrete,
+                spaces.MultiBinary,
+            ),
+        )
+        self.batch_size = batch_size
+        self.n_epochs = n_epochs
+        self.var_coef = var_coef
+        self.target_variance = target_variance
+        self.dual_learning_rate = dual_learning_rate
+        self.objective = objective
+        self.objective_kwargs = objective_kwargs
+        self.clip_range_vf = clip_range_vf
+        self.normalize_advantage = normalize_advantage
+        self.target_kl = target_kl
+
+        if self.env is not None:
+            self._check_batch_size(self.env.num_envs)
+        if _init_setup_model:
+            self._setup_model()
+
+    def _check_batch_size(self, n_envs: int) -> None:
+        """Refuse what would make normalised advantages NaN, warn of truncated minibatches; as SB3's PPO does."""
+        buffer_size = n_envs * self.n_steps
+        if self.normalize_advantage:
+            assert self.batch_size > 1, (
+                "`batch_size` must be greater than 1 to normalize advantages. "
+                "See https://github.com/DLR-RM/stable-baselines3/issues/440"
+            )
+            assert buffer_size > 1, (
+                "`n_steps * n_envs` must be greater than 1 to normalize advantages. "
+                f"Currently n_steps={self.n_steps} and n_envs={n_envs}"
+            )
+        truncated = buffer_size % self.batch_size
+        if truncated > 0:
+            warnings.warn(
+                f"With n_steps={self.n_steps} and n_envs={n_envs}, a rollout has {buffer_size} steps, so that after every "
+                f"{buffer_size // self.batch_size} minibatches of size {self.batch_size} "
+                f"there will be a truncated mini-batch of size {truncated}. "
+                "We recommend using a `batch_size` that is a factor of `n_steps * n_envs`."
+            )
+
+    def _setup_model(self) -> None:
+        self._check_coefficients()
+        # Built first: an invalid `var_coef` must not leave a half-made model
+        dual = DualVariable(self.var_coef)
+        super()._setup_model()
+        self.dual = dual.to(self.device)
+
+        # `load()` calls this method again on what it has restored: wrapping a `FloatSchedule` once more is harmless
+        self.target_variance = FloatSchedule(self.target_variance)
+        if self.clip_range_vf is not None:
+            if isinstance(self.clip_range_vf, float | int):
+                assert self.clip_range_vf > 0, "`clip_range_vf` must be positive, pass `None` to deactivate vf clipping"
+            self.clip_range_vf = FloatSchedule(self.clip_range_vf)
+
+    def _check_coefficients(self) -> None:
+        if hasattr(self, "clip_range"):
+            raise ValueError(
+                f"This model was saved by an algorithm with a `clip_range`, such as PPO, and can't be loaded by "
+                f"{type(self).__name__}. To go on from its weights, create a new model and copy them: "
+                f"`{type(self).__name__}(...).policy.load_state_dict(PPO.load(path).policy.state_dict())`."
+            )
+        if isinstance(self.target_variance, Real) and not (math.isfinite(self.target_variance) and self.target_variance > 0):
+            raise ValueError(
+                f"`target_variance` is {self.target_variance}; it must be a positive finite number, such as 0.02, or a schedule."
+            )
+        if not (math.isfinite(self.dual_learning_rate) and self.dual_learning_rate >= 0):
+            raise ValueError(f"`dual_learning_rate` is {self.dual_learning_rate}; it must be finite and not negative.")
+        if self.objective not in OBJECTIVES:
+            raise ValueError(f"Unknown `objective` {self.objective!r}; choose one of {', '.join(OBJECTIVES)}.")
+        parameters = inspect.signature(OBJECTIVES[self.objective]).parameters.values()
+        # The multiplier belongs to the dual, and a sequence's log-ratio is data
+        coefficients = {p.name for p in parameters if p.kind is p.KEYWORD_ONLY} - {"var_coef", "sequence_log_ratio"}
+        required = {p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.default is p.empty} & coefficients
+        given = set(self.objective_kwargs or {})
+        if given - coefficients or required - given:
+            raise ValueError(
+                f"The objective {self.objective!r} got `objective_kwargs` {sorted(given)}; "
+                f"it takes {sorted(coefficients) or 'none'}, of which it needs {sorted(required) or 'none'}."
+            )
+
+    def _objective_coefficients(self) -> dict[str, Any]:
+        """The coefficients that the objective takes, at the current progress of training."""
+        if self.objective == "r2vpo":
+            return {"var_coef": self.dual.value}
+        progress = self._current_progress_remaining
+        return {name: FloatSchedule(value)(progress) for name, value in (self.objective_kwargs or {}).items()}
+
+    def _minibatches(self) -> Iterator[RolloutBufferSamples]:
+        """The minibatches of one update, in order: ``n_epochs`` shuffled passes over the rollout."""
+        for _ in range(self.n_epochs):
+            self._n_updates += 1
+            yield from self.rollout_buffer.get(self.batch_size)
+
+    def _evaluate_actions(self, rollout_data: RolloutBufferSamples) -> tuple[th.Tensor, th.Tensor, th.Tensor | None]:
+        """
+        Evaluate stored actions with the current policy.
+
+        :param rollout_data: A minibatch.
+        :return: values, log-probabilities and (if it has a closed form) entropy, each of shape ``(batch_size,)``
+        """
+        actions = rollout_data.actions
+        if isinstance(self.action_space, spaces.Discrete):
+            # Convert discrete action from float to long
+            actions = actions.long().flatten()
+        values, log_prob, entropy = self.policy.evaluate_actions(rollout_data.observations, actions)
+        return values.flatten(), log_prob, entropy
+
+    def train(self) -> None:
+        """Update the policy on the current rollout: gradient ascent on the policy, dual ascent on the multiplier."""
+        self._check_rollout_is_finite()
+        # Switch to train mode (this affects batch norm / dropout)
+        self.policy.set_training_mode(True)
+        self._update_learning_rate(self.policy.optimizer)
+        progress = self._current_progress_remaining
+        self.dual.follow_schedule(progress)
+        target_variance = self.target_variance(progress)  # type: ignore[operator]
+        clip_range_vf = None if self.clip_range_vf is None else self.clip_range_vf(progress)  # type: ignore[operator]
+        objective, coefficients = OBJECTIVES[self.objective], self._objective_coefficients()
+
+        statistics: defaultdict[str, list[th.Tensor]] = defaultdict(list)
+        for rollout_data in self._minibatches():
+            values, log_prob, entropy = self._evaluate_actions(rollout_data)
+            advantages = rollout_data.advantages
+            # Normalization does not make sense if mini batchsize == 1, see SB3's GH issue #325
+            if self.normalize_advantage and len(advantages) > 1:
+                advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
+
+            losses, ratio_stats = objective(log_prob - rollout_data.old_log_prob, advantages, **coefficients)
+            policy_loss = losses.mean()
+
+            if clip_range_vf is not None:
+                # Clip the difference between old and new value; NOTE: this depends on the reward scaling
+                old_values = rollout_data.old_values
+                values = old_values + th.clamp(values - old_values, -clip_range_vf, clip_range_vf)
+            # Value loss using the TD(gae_lambda) target
+            value_loss = F.mse_loss(rollout_data.returns, values)
+            # Entropy favors exploration; -log_prob estimates it where there is no closed form
+            entropy_loss = -th.mean(-log_prob if entropy is None else entropy)
+            loss = policy_loss + self.ent_coef * entropy_loss + self.vf_coef * value_loss
+
+            minibatch_stats = self._summarize_ratios(ratio_stats)
+            losses_by_name = {"policy_gradient_loss": policy_loss, "value_loss": value_loss, "entropy_loss": entropy_loss}
+            for name, value in {**minibatch_stats, **losses_by_name, "loss": loss}.items():
+                statistics[name].append(value.detach())
+
+            if self.target_kl is not None and minibatch_stats["approx_kl"] > 1.5 * self.target_kl:
+                if self.verbose >= 1:
+                    print(f"Early stopping at update {self._n_updates} due to reaching max kl")
+                break
+
+            self.policy.optimizer.zero_grad()
+            loss.backward()
+            for name, norm in self._gradient_norms().items():
+                statistics[name].append(norm)
+            # A NaN or infinite gradient raises here, before it can reach the weights
+            th.nn.utils.clip_grad_norm_(self.policy.parameters(), self.max_grad_norm, error_if_nonfinite=True)
+            self.policy.optimizer.step()
+            self.dual.step(minibatch_stats["ratio_variance"], target_variance, self.dual_learning_rate)
+
+        self._log_statistics(statistics)
+        if clip_range_vf is not None:
+            self.logger.record("train/clip_range_vf", clip_range_vf)
+        if self.dual.adaptive:
+            self.logger.record("train/target_variance", target_variance)
+
+    def _check_rollout_is_finite(self) -> None:
+        """A NaN reward must be refused before the update: SB3 notices it only once the weights are lost (GH issue #1593)."""
+        for name in ("rewards", "values", "log_probs", "advantages"):
+            if not np.isfinite(getattr(self.rollout_buffer, name)).all():
+                raise ValueError(
+                    f"The rollout's {name} contain NaN or infinity, so this update was not made and the weights are as before. "
+                    "Wrap the environment in `stable_baselines3.common.vec_env.VecCheckNan` to find the step it comes from."
+                )
+
+    def _summarize_ratios(self, ratio_stats: dict[str, th.Tensor]) -> dict[str, th.Tensor]:
+        """
+        Reduce an objective's per-sample statistics to one value per minibatch.
+
+        The effective sample size is Kish's, as a fraction of the minibatch: 1 on-policy, towards 0 if a few ratios dominate.
+        """
+        ratio = ratio_stats["ratio"]
+        clip_range = self._objective_coefficients().get("clip_range", PPO_CLIP_RANGE)
+        return {
+            "approx_kl": ratio_stats["approx_kl"].mean(),
+            "ratio_variance": ratio_stats["ratio_variance"].mean(),
+            "ratio_max": ratio.max(),
+            "ess": ratio.mean().square() / ratio.square().mean(),
+            "clip_fraction": ((ratio - 1).abs() > clip_range).float().mean(),
+        }
+
+    def _gradient_norms(self) -> dict[str, th.Tensor]:
+        """Norms before clipping of the critic's own gradients, and of all others (a shared feature extractor's included)."""
+        gradients: dict[str, list[th.Tensor]] = {"policy_grad_norm": [], "value_grad_norm": []}
+        for name, parameter in self.policy.named_parameters():
+            if parameter.grad is not None:
+                is_critic = "value_net" in name or name.startswith("vf_features_extractor")
+                gradients["value_grad_norm" if is_critic else "policy_grad_norm"].append(parameter.grad)
+        return {name: th.nn.utils.get_total_norm(group) for name, group in gradients.items()}
+
+    def _log_statistics(self, statistics: dict[str, list[th.Tensor]]) -> None:
+        for name, values in statistics.items():
+            stacked = th.stack(values)
+            # The largest ratio of all: one outlier can dominate an update, and a mean would hide it
+            self.logger.record(f"train/{name}", (stacked.max() if name == "ratio_max" else stacked.mean()).item())
+        explained_var = explained_variance(self.rollout_buffer.values.flatten(), self.rollout_buffer.returns.flatten())
+        self.logger.record("train/explained_variance", explained_var)
+        if hasattr(self.policy, "log_std"):
+            self.logger.record("train/std", th.exp(self.policy.log_std).mean().item())
+        self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
+        for name, coefficient in self._objective_coefficients().items():
+            self.logger.record(f"train/{name}", float(coefficient))
+
+    def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
+        state_dicts, tensors = super()._get_torch_save_params()
+        return [*state_dicts, "dual"], tensors
+
+    def learn(
+        self: SelfR2VPO,
+        total_timesteps: int | float,
+        callback: MaybeCallback = None,
+        log_interval: int = 1,
+        tb_log_name: str = "R2VPO",
+        reset_num_timesteps: bool = True,
+        progress_bar: bool = False,
+    ) -> SelfR2VPO:
+        return super().learn(
+            total_timesteps=int(total_timesteps),
+            callback=callback,
+            log_interval=log_interval,
+            tb_log_name=tb_log_name,
+            reset_num_timesteps=reset_num_timesteps,
+            progress_bar=progress_bar,
+        )
+
+    @classmethod
+    def load(cls: type[SelfR2VPO], path: Any, *args: Any, **kwargs: Any) -> SelfR2VPO:
+        """
+        Load the model from a zip-file, see ``BaseAlgorithm.load``, whose arguments these are.
+
+        :param path: path to the file (or a file-like) where to load the agent from
+        :param kwargs: Arguments of ``BaseAlgorithm.load``, or of the constructor to change them on loading. An adaptive
+            multiplier goes on from its saved value; ``var_coef=0.3`` fixes it.
+        :return: new model instance with loaded parameters
+        :raises ValueError: An argument is unknown, or the file was saved by another algorithm.
+        """
+        known = {*inspect.signature(BaseAlgorithm.load).parameters, *inspect.signature(cls.__init__).parameters}
+        if unknown := set(kwargs) - known:
+            raise ValueError(
+                f"Unknown arguments {sorted(unknown)} for {cls.__name__}.load(); see the arguments of {cls.__name__}()."
+            )
+        return super().load(path, *args, **kwargs)

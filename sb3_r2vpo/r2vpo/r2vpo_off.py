@@ -1,0 +1,254 @@
+"""R2VPOOff: R2VPO on a replay of its last rollouts."""
+
+import io
+import math
+import pathlib
+from collections.abc import Iterator
+from copy import deepcopy
+from itertools import chain, islice, repeat
+from typing import Any, TypeVar
+
+import numpy as np
+import torch as th
+from stable_baselines3.common.buffers import RolloutBuffer
+from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.save_util import load_from_pkl, save_to_pkl
+from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, RolloutBufferSamples, Schedule
+from stable_baselines3.common.utils import obs_as_tensor
+
+from sb3_r2vpo.objectives import ratio_minus_one
+from sb3_r2vpo.r2vpo.r2vpo import R2VPO
+from sb3_r2vpo.rollout_replay import RolloutReplayBuffer, StoredRollout, Timeouts
+
+SelfR2VPOOff = TypeVar("SelfR2VPOOff", bound="R2VPOOff")
+
+#: Steps in one forward pass without gradient over stored rollouts: large enough to be fast, small enough for images.
+EVALUATION_BATCH_SIZE = 2048
+
+
+class R2VPOOff(R2VPO):
+    """
+    Ratio-Variance Regularized Policy Optimization on replayed rollouts (R2VPO-OFF, section 4.3 of the paper).
+
+    The last ``replay_capacity`` rollouts are kept with the log-probabilities under the policies that generated them; each
+    update draws its minibatches uniformly from all of them. The constraint on the ratio variance is what bounds the distance
+    to the older policies: there is no importance-weight truncation, no V-trace, no Retrace.
+
+    With ``replay_capacity=1`` and ``utd_ratio=1`` it trains exactly as :class:`R2VPO`, whose other arguments it shares.
+
+    :param policy: see :class:`R2VPO`, as all that is not listed here
+    :param env: see :class:`R2VPO`
+    :param target_variance: The tolerance ``epsilon``. Looser than on-policy, since a part of the variance is the staleness of
+        the data.
+    :param replay_capacity: Number of rollouts to keep, first in, first out; 4 in the paper's language-model experiments.
+    :param utd_ratio: Update-to-data ratio: passes over one rollout's worth of steps are ``utd_ratio * n_epochs`` (rounded, at
+        least one); 2 in the paper's language-model experiments.
+    :param recompute_advantages: Whether to bring values, advantages and returns of the stored rollouts up to date with the
+        current critic before each update. Behaviour log-probabilities are never touched.
+    :raises ValueError: ``replay_capacity`` is not a whole number of at least 1, or ``utd_ratio`` is not positive and finite.
+    """
+
+    replay_buffer: RolloutReplayBuffer
+
+    def __init__(
+        self,
+        policy: str | type[ActorCriticPolicy],
+        env: GymEnv | str,
+        learning_rate: float | Schedule = 3e-4,
+        n_steps: int = 2048,
+        batch_size: int = 64,
+        n_epochs: int = 10,
+        gamma: float = 0.99,
+        gae_lambda: float = 0.95,
+        var_coef: float | Schedule | str = "auto",
+        target_variance: float | Schedule = 0.05,
+        dual_learning_rate: float = 0.1,
+        replay_capacity: int = 2,
+        utd_ratio: float = 2.0,
+        recompute_advantages: bool = True,
+        objective: str = "r2vpo",
+        objective_kwargs: dict[str, Any] | None = None,
+        clip_range_vf: float | Schedule | None = None,
+        normalize_advantage: bool = True,
+        ent_coef: float = 0.0,
+        vf_coef: float = 0.5,
+        max_grad_norm: float = 0.5,
+        use_sde: bool = False,
+        sde_sample_freq: int = -1,
+        rollout_buffer_class: type[RolloutBuffer] | None = None,
+        rollout_buffer_kwargs: dict[str, Any] | None = None,
+        target_kl: float | None = None,
+        stats_window_size: int = 100,
+        tensorboard_log: str | None = None,
+        policy_kwargs: dict[str, Any] | None = None,
+        verbose: int = 0,
+        seed: int | None = None,
+        device: th.device | str = "auto",
+        _init_setup_model: bool = True,
+    ) -> None:
+        super().__init__(
+            policy,
+            env,
+            learning_rate=learning_rate,
+            n_steps=n_steps,
+            batch_size=batch_size,
+            n_epochs=n_epochs,
+            gamma=gamma,
+            gae_lambda=gae_lambda,
+            var_coef=var_coef,
+            target_variance=target_variance,
+            dual_learning_rate=dual_learning_rate,
+            objective=objective,
+            objective_kwargs=objective_kwargs,
+            clip_range_vf=clip_range_vf,
+            normalize_advantage=normalize_advantage,
+            ent_coef=ent_coef,
+            vf_coef=vf_coef,
+            max_grad_norm=max_grad_norm,
+            use_sde=use_sde,
+            sde_sample_freq=sde_sample_freq,
+            rollout_buffer_class=rollout_buffer_class,
+            rollout_buffer_kwargs=rollout_buffer_kwargs,
+            target_kl=target_kl,
+            stats_window_size=stats_window_size,
+            tensorboard_log=tensorboard_log,
+            policy_kwargs=policy_kwargs,
+            verbose=verbose,
+            seed=seed,
+            device=device,
+            _init_setup_model=False,
+        )
+        self.replay_capacity = replay_capacity
+        self.utd_ratio = utd_ratio
+        self.recompute_advantages = recompute_advantages
+        self._timeouts = Timeouts()
+
+        if _init_setup_model:
+            self._setup_model()
+
+    def _setup_model(self) -> None:
+        if not (math.isfinite(self.utd_ratio) and self.utd_ratio > 0):
+            raise ValueError(f"`utd_ratio` is {self.utd_ratio}; it must be positive and finite.")
+        replay_buffer = RolloutReplayBuffer(self.replay_capacity)
+        super()._setup_model()
+        self.replay_buffer = replay_buffer
+
+    def _excluded_save_params(self) -> list[str]:
+        return [*super()._excluded_save_params(), "_timeouts"]
+
+    def collect_rollouts(self, *args: Any, **kwargs: Any) -> bool:
+        self._timeouts = Timeouts()
+        return super().collect_rollouts(*args, **kwargs)
+
+    def _update_info_buffer(self, infos: list[dict[str, Any]], dones: np.ndarray | None = None) -> None:
+        """Called at each step before SB3 adds the bootstrapped value to the rewards: note where that is going to happen."""
+        super()._update_info_buffer(infos, dones)
+        for idx in np.flatnonzero(dones):
+            if infos[idx].get("terminal_observation") is not None and infos[idx].get("TimeLimit.truncated", False):
+                self._timeouts.append(self.rollout_buffer.pos, idx, infos[idx]["terminal_observation"])
+
+    def _minibatches(self) -> Iterator[RolloutBufferSamples]:
+        """The minibatches of one update: ``utd_ratio * n_epochs`` times those of one rollout, from the whole replay buffer."""
+        per_epoch = math.ceil(self.rollout_buffer.buffer_size * self.n_envs / self.batch_size)
+        minibatches = chain.from_iterable(self.replay_buffer.get(self.batch_size) for _ in repeat(None))
+        for _ in range(max(1, round(self.utd_ratio * self.n_epochs))):
+            self._n_updates += 1
+            yield from islice(minibatches, per_epoch)
+
+    def train(self) -> None:
+        """Put the current rollout into the replay buffer, bring the older ones up to date, and update the policy on all."""
+        self._check_rollout_is_finite()
+        self._timeouts.values = self._predict_timeout_values(self._timeouts)
+        assert self._last_obs is not None and self._last_episode_starts is not None
+        rollout = StoredRollout(self.rollout_buffer, deepcopy(self._last_obs), self._last_episode_starts.copy(), self._timeouts)
+        self.replay_buffer.add(rollout)
+        for staleness, stored in self.replay_buffer.by_staleness():
+            # The newest one has the current critic's values, and ratios of one
+            if staleness > 0:
+                variance = self._refresh(stored)
+                self.logger.record(f"train/ratio_variance_stale_{staleness}", variance)
+        super().train()
+
+    @th.no_grad()
+    def _refresh(self, rollout: StoredRollout) -> float:
+        """
+        Bring a stored rollout's values, advantages and returns up to date with the current critic.
+
+        :param rollout: One that an earlier policy collected
+        :return: The ratio variance between the current policy and that one
+        """
+        values, deviations = [], []
+        for rollout_data in rollout.batches(EVALUATION_BATCH_SIZE):
+            batch_values, log_prob, _ = self._evaluate_actions(rollout_data)
+            values.append(batch_values)
+            deviations.append(ratio_minus_one(log_prob - rollout_data.old_log_prob))
+        if self.recompute_advantages:
+            rollout.update_values(
+                values=th.cat(values).cpu().numpy(),
+                timeout_values=self._predict_timeout_values(rollout.timeouts),
+                last_values=self.policy.predict_values(obs_as_tensor(rollout.last_obs, self.device)),  # type: ignore[arg-type]
+            )
+        return th.cat(deviations).square().mean().item()
+
+    @th.no_grad()
+    def _predict_timeout_values(self, timeouts: Timeouts) -> np.ndarray:
+        if len(timeouts) == 0:
+            return np.zeros(0, dtype=np.float32)
+        observations, _ = self.policy.obs_to_tensor(timeouts.stacked_observations())
+        return self.policy.predict_values(observations).flatten().cpu().numpy()
+
+    def save_replay_buffer(self, path: str | pathlib.Path | io.BufferedIOBase) -> None:
+        """
+        Save the replay buffer as a pickle file.
+
+        :param path: Path to the file where the replay buffer should be saved.
+            if path is a str or pathlib.Path, the path is automatically created if necessary.
+        """
+        save_to_pkl(path, self.replay_buffer, self.verbose)
+
+    def load_replay_buffer(self, path: str | pathlib.Path | io.BufferedIOBase, truncate_last_traj: bool = True) -> None:
+        """
+        Load a replay buffer from a pickle file. Pickle can run code: load only files that you trust.
+
+        :param path: Path to the pickled replay buffer. If it holds more than ``replay_capacity`` rollouts, the newest stay.
+        :param truncate_last_traj: For compatibility with SB3's off-policy algorithms; stored rollouts are always whole.
+        :raises ValueError: The file holds something else, or rollouts of other spaces; the buffer is as before.
+        """
+        loaded = load_from_pkl(path, self.verbose)
+        if not isinstance(loaded, RolloutReplayBuffer):
+            raise ValueError(
+                f"{path} holds a {type(loaded).__name__}, not a RolloutReplayBuffer: "
+                f"it was not saved by {type(self).__name__}.save_replay_buffer()."
+            )
+        replay_buffer = RolloutReplayBuffer(self.replay_capacity)
+        for rollout in loaded.rollouts:
+            spaces_match = (rollout.buffer.observation_space, rollout.buffer.action_space) == (
+                self.observation_space,
+                self.action_space,
+            )
+            if not spaces_match:
+                raise ValueError(
+                    f"{path} holds rollouts of {rollout.buffer.observation_space} and {rollout.buffer.action_space}, "
+                    f"but this model's spaces are {self.observation_space} and {self.action_space}."
+                )
+            rollout.buffer.device = self.device
+            replay_buffer.add(rollout)
+        self.replay_buffer = replay_buffer
+
+    def learn(
+        self: SelfR2VPOOff,
+        total_timesteps: int | float,
+        callback: MaybeCallback = None,
+        log_interval: int = 1,
+        tb_log_name: str = "R2VPOOff",
+        reset_num_timesteps: bool = True,
+        progress_bar: bool = False,
+    ) -> SelfR2VPOOff:
+        return super().learn(
+            total_timesteps=total_timesteps,
+            callback=callback,
+            log_interval=log_interval,
+            tb_log_name=tb_log_name,
+            reset_num_timesteps=reset_num_timesteps,
+            progress_bar=progress_bar,
+        )

@@ -1,0 +1,174 @@
+"""First-in-first-out replay of whole rollouts, with the log-probabilities under the policies that generated them."""
+
+from collections import deque
+from collections.abc import Iterator
+from copy import copy
+from typing import Any
+
+import numpy as np
+import torch as th
+from stable_baselines3.common.buffers import RolloutBuffer
+from stable_baselines3.common.type_aliases import DictRolloutBufferSamples, RolloutBufferSamples
+
+Observation = np.ndarray | dict[str, np.ndarray]
+
+
+def _flatten(array: Observation) -> Observation:
+    """From (n_steps, n_envs, ...) to (n_envs * n_steps, ...), the order of ``RolloutBuffer.get``; for each key of a dict."""
+    if isinstance(array, dict):
+        return {key: RolloutBuffer.swap_and_flatten(value) for key, value in array.items()}
+    return RolloutBuffer.swap_and_flatten(array)
+
+
+def _concatenate(fields: tuple[Any, ...]) -> Any:
+    """Join one field of several samples: tensors, or dicts of tensors."""
+    if isinstance(fields[0], dict):
+        return {key: th.cat([field[key] for field in fields]) for key in fields[0]}
+    return th.cat(fields)
+
+
+class Timeouts:
+    """
+    The steps of a rollout at which an episode was cut off by a time limit.
+
+    SB3 adds ``gamma * V(terminal observation)`` to the reward of such a step as it collects (GH issue #633). With the
+    observation at hand, that part can be brought up to date as the critic learns.
+    """
+
+    def __init__(self) -> None:
+        self.steps: list[int] = []
+        self.envs: list[int] = []
+        self.observations: list[Observation] = []
+        self.values = np.zeros(0, dtype=np.float32)
+
+    def append(self, step: int, env: int, observation: Observation) -> None:
+        """
+        :param step: Step of the rollout, from 0
+        :param env: Index of the environment
+        :param observation: The terminal observation
+        """
+        self.steps.append(step)
+        self.envs.append(env)
+        self.observations.append(observation)
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def stacked_observations(self) -> Observation:
+        """:return: The terminal observations as one batch, in the order of ``steps``"""
+        if isinstance(self.observations[0], dict):
+            return {key: np.stack([obs[key] for obs in self.observations]) for key in self.observations[0]}  # type: ignore[index]
+        return np.stack(self.observations)  # type: ignore[arg-type]
+
+
+class StoredRollout:
+    """
+    A finished rollout, ready to be sampled from at any later time.
+
+    The arrays of the rollout buffer are taken over, not copied: ``RolloutBuffer.reset`` allocates new ones.
+    Observations, actions and behaviour log-probabilities are put into sampling order once and never change afterwards;
+    values, advantages and returns may be brought up to date by :meth:`update_values`.
+
+    :param rollout_buffer: A full buffer, before any call to its ``get``
+    :param last_obs: Observations after the last step, one for each environment
+    :param last_dones: Whether the last step ended an episode, for each environment
+    :param timeouts: Where episodes were cut off, with the critic's values at collection
+    """
+
+    def __init__(self, rollout_buffer: RolloutBuffer, last_obs: Observation, last_dones: np.ndarray, timeouts: Timeouts) -> None:
+        self.buffer = copy(rollout_buffer)
+        self.last_obs = last_obs
+        self.last_dones = last_dones
+        self.timeouts = timeouts
+        for name in ("observations", "actions", "log_probs", "values", "advantages", "returns"):
+            setattr(self.buffer, name, _flatten(getattr(self.buffer, name)))
+        self.buffer.generator_ready = True
+
+    def __len__(self) -> int:
+        return self.buffer.buffer_size * self.buffer.n_envs
+
+    def batches(self, batch_size: int) -> Iterator[RolloutBufferSamples]:
+        """
+        :param batch_size: Steps in a batch; the last one may be smaller
+        :return: The whole rollout in sampling order, unshuffled
+        """
+        indices = np.arange(len(self))
+        for start in range(0, len(self), batch_size):
+            yield self.buffer._get_samples(indices[start : start + batch_size])
+
+    def update_values(self, values: np.ndarray, timeout_values: np.ndarray, last_values: th.Tensor) -> None:
+        """
+        Replace the critic's values and recompute advantages and returns from them.
+
+        :param values: Values of the stored observations, in sampling order
+        :param timeout_values: Values of the terminal observations of the timeouts
+        :param last_values: Values of ``last_obs``
+        """
+        buffer, timeouts = self.buffer, self.timeouts
+        buffer.rewards[timeouts.steps, timeouts.envs] += buffer.gamma * (timeout_values - timeouts.values)
+        timeouts.values = timeout_values
+        # GAE runs along time, over (n_steps, n_envs)
+        buffer.values = values.reshape(buffer.n_envs, buffer.buffer_size).T
+        buffer.advantages = np.empty_like(buffer.rewards)
+        buffer.compute_returns_and_advantage(last_values=last_values, dones=self.last_dones)
+        for name in ("values", "advantages", "returns"):
+            setattr(buffer, name, _flatten(getattr(buffer, name)))
+
+
+class RolloutReplayBuffer:
+    """
+    The last ``capacity`` rollouts, first in, first out, sampled uniformly (R2VPO-OFF, section 4.3 of the paper).
+
+    :param capacity: Number of rollouts to keep. With 1 there is only the current one: on-policy training.
+    :raises ValueError: ``capacity`` is not a whole number of at least 1.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        if not isinstance(capacity, int) or capacity < 1:
+            raise ValueError(f"`replay_capacity` is {capacity!r}; it must be a whole number of rollouts, at least 1.")
+        self.rollouts: deque[StoredRollout] = deque(maxlen=capacity)
+
+    def __len__(self) -> int:
+        return len(self.rollouts)
+
+    @property
+    def capacity(self) -> int:
+        """Number of rollouts that are kept at most"""
+        assert self.rollouts.maxlen is not None
+        return self.rollouts.maxlen
+
+    def add(self, rollout: StoredRollout) -> None:
+        """
+        Add the newest rollout; the oldest one goes if there is no room.
+
+        :param rollout: A finished rollout
+        """
+        self.rollouts.append(rollout)
+
+    def by_staleness(self) -> Iterator[tuple[int, StoredRollout]]:
+        """:return: Pairs of staleness (0 is the newest; counted in rollouts) and rollout, the newest first"""
+        return enumerate(reversed(self.rollouts))
+
+    def get(self, batch_size: int) -> Iterator[RolloutBufferSamples]:
+        """
+        One pass over all steps of all rollouts in random order, without replacement.
+
+        :param batch_size: Steps in a minibatch; the last one may be smaller
+        :return: Minibatches, each uniform over the whole buffer
+        """
+        ends = np.cumsum([len(rollout) for rollout in self.rollouts])
+        indices = np.random.permutation(ends[-1])
+        for start in range(0, len(indices), batch_size):
+            yield self._get_samples(indices[start : start + batch_size], ends)
+
+    def _get_samples(self, indices: np.ndarray, ends: np.ndarray) -> RolloutBufferSamples:
+        owners = np.searchsorted(ends, indices, side="right")
+        parts = [
+            rollout.buffer._get_samples(indices[owners == number] - (end - len(rollout)))
+            for number, (rollout, end) in enumerate(zip(self.rollouts, ends, strict=True))
+            if (owners == number).any()
+        ]
+        if len(parts) == 1:
+            return parts[0]
+        samples_class: type[RolloutBufferSamples] | type[DictRolloutBufferSamples] = type(parts[0])
+        return samples_class(*(_concatenate(fields) for fields in zip(*parts, strict=True)))
