@@ -25,7 +25,7 @@ def _parse_initial_value(var_coef: str) -> float:
         value = math.nan
     if prefix != "auto" or not (math.isfinite(value) and value >= 0):
         raise ValueError(
-            f"`var_coef` is {var_coef!r}; a string must be 'auto', or 'auto_<value>' with the initial value of the multiplier, "
+            f"`var_coef` is {var_coef!r}; a string must be 'auto', or 'auto_<value>' with the multiplier's initial value, "
             "finite and not negative, such as 'auto_0.5'. Pass a number or a schedule to fix the multiplier."
         )
     return value

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch as th
 from stable_baselines3.common.buffers import RolloutBuffer
-from stable_baselines3.common.type_aliases import DictRolloutBufferSamples, RolloutBufferSamples
+from stable_baselines3.common.type_aliases import RolloutBufferSamples
 
 Observation = np.ndarray | dict[str, np.ndarray]
 
@@ -57,7 +57,7 @@ class Timeouts:
     def stacked_observations(self) -> Observation:
         """:return: The terminal observations as one batch, in the order of ``steps``"""
         if isinstance(self.observations[0], dict):
-            return {key: np.stack([obs[key] for obs in self.observations]) for key in self.observations[0]}  # type: ignore[index]
+            return {key: np.stack([obs[key] for obs in self.observations]) for key in self.observations[0]}
         return np.stack(self.observations)  # type: ignore[arg-type]
 
 
@@ -75,7 +75,9 @@ class StoredRollout:
     :param timeouts: Where episodes were cut off, with the critic's values at collection
     """
 
-    def __init__(self, rollout_buffer: RolloutBuffer, last_obs: Observation, last_dones: np.ndarray, timeouts: Timeouts) -> None:
+    def __init__(
+        self, rollout_buffer: RolloutBuffer, last_obs: Observation, last_dones: np.ndarray, timeouts: Timeouts
+    ) -> None:
         self.buffer = copy(rollout_buffer)
         self.last_obs = last_obs
         self.last_dones = last_dones
@@ -170,5 +172,4 @@ class RolloutReplayBuffer:
         ]
         if len(parts) == 1:
             return parts[0]
-        samples_class: type[RolloutBufferSamples] | type[DictRolloutBufferSamples] = type(parts[0])
-        return samples_class(*(_concatenate(fields) for fields in zip(*parts, strict=True)))
+        return type(parts[0])(*(_concatenate(fields) for fields in zip(*parts, strict=True)))

@@ -189,7 +189,7 @@ class R2VPO(OnPolicyAlgorithm):
         if truncated > 0:
             warnings.warn(
                 f"With n_steps={self.n_steps} and n_envs={n_envs}, a rollout has {buffer_size} steps, so that after every "
-                f"{buffer_size // self.batch_size} minibatches of size {self.batch_size} "
+                f"{buffer_size // self.batch_size} minibatches of size {self.batch_size}, "
                 f"there will be a truncated mini-batch of size {truncated}. "
                 "We recommend using a `batch_size` that is a factor of `n_steps * n_envs`."
             )
@@ -217,7 +217,7 @@ class R2VPO(OnPolicyAlgorithm):
             )
         if isinstance(self.target_variance, Real) and not (math.isfinite(self.target_variance) and self.target_variance > 0):
             raise ValueError(
-                f"`target_variance` is {self.target_variance}; it must be a positive finite number, such as 0.02, or a schedule."
+                f"`target_variance` is {self.target_variance}; it must be positive and finite, such as 0.02, or a schedule."
             )
         if not (math.isfinite(self.dual_learning_rate) and self.dual_learning_rate >= 0):
             raise ValueError(f"`dual_learning_rate` is {self.dual_learning_rate}; it must be finite and not negative.")
@@ -324,7 +324,7 @@ class R2VPO(OnPolicyAlgorithm):
         for name in ("rewards", "values", "log_probs", "advantages"):
             if not np.isfinite(getattr(self.rollout_buffer, name)).all():
                 raise ValueError(
-                    f"The rollout's {name} contain NaN or infinity, so this update was not made and the weights are as before. "
+                    f"The rollout's {name} contain NaN or infinity, so this update was not made; the weights are as before. "
                     "Wrap the environment in `stable_baselines3.common.vec_env.VecCheckNan` to find the step it comes from."
                 )
 

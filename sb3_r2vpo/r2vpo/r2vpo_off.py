@@ -143,9 +143,9 @@ class R2VPOOff(R2VPO):
     def _update_info_buffer(self, infos: list[dict[str, Any]], dones: np.ndarray | None = None) -> None:
         """Called at each step before SB3 adds the bootstrapped value to the rewards: note where that is going to happen."""
         super()._update_info_buffer(infos, dones)
-        for idx in np.flatnonzero(dones):
-            if infos[idx].get("terminal_observation") is not None and infos[idx].get("TimeLimit.truncated", False):
-                self._timeouts.append(self.rollout_buffer.pos, idx, infos[idx]["terminal_observation"])
+        for idx, info in enumerate(infos):
+            if info.get("terminal_observation") is not None and info.get("TimeLimit.truncated", False):
+                self._timeouts.append(self.rollout_buffer.pos, idx, info["terminal_observation"])
 
     def _minibatches(self) -> Iterator[RolloutBufferSamples]:
         """The minibatches of one update: ``utd_ratio * n_epochs`` times those of one rollout, from the whole replay buffer."""
@@ -159,8 +159,12 @@ class R2VPOOff(R2VPO):
         """Put the current rollout into the replay buffer, bring the older ones up to date, and update the policy on all."""
         self._check_rollout_is_finite()
         self._timeouts.values = self._predict_timeout_values(self._timeouts)
-        assert self._last_obs is not None and self._last_episode_starts is not None
-        rollout = StoredRollout(self.rollout_buffer, deepcopy(self._last_obs), self._last_episode_starts.copy(), self._timeouts)
+        rollout = StoredRollout(
+            self.rollout_buffer,
+            last_obs=deepcopy(self._last_obs),  # type: ignore[arg-type]
+            last_dones=deepcopy(self._last_episode_starts),  # type: ignore[arg-type]
+            timeouts=self._timeouts,
+        )
         self.replay_buffer.add(rollout)
         for staleness, stored in self.replay_buffer.by_staleness():
             # The newest one has the current critic's values, and ratios of one
@@ -186,7 +190,7 @@ class R2VPOOff(R2VPO):
             rollout.update_values(
                 values=th.cat(values).cpu().numpy(),
                 timeout_values=self._predict_timeout_values(rollout.timeouts),
-                last_values=self.policy.predict_values(obs_as_tensor(rollout.last_obs, self.device)),  # type: ignore[arg-type]
+                last_values=self.policy.predict_values(obs_as_tensor(rollout.last_obs, self.device)),
             )
         return th.cat(deviations).square().mean().item()
 
