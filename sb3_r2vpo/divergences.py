@@ -19,7 +19,8 @@ row                      f(r)                                              f''(1
 =======================  ================================================  ==========  =======
 
 All but Jensen-Shannon are ``f''(1)`` times the alpha-divergence of the order in the last column (the two KLs as limits),
-so one closed form per family of policies gives five of them.
+so one closed form per family of policies gives five of them. That of chi-square is the ratio variance itself, for Gaussian
+policies of equal standard deviation ``exp(|(mean - behaviour_mean) / std|^2) - 1``.
 """
 
 import math
@@ -30,8 +31,8 @@ from functools import partial
 import torch as th
 import torch.nn.functional as F
 
-#: Log-ratio beyond which a sampled ratio is continued by its tangent. Training does so earlier, for the sake of its gradients; a
-#: measurement is exact as far as it means anything, and a ratio of ``exp(20)`` (5e8) is well past that.
+#: Log-ratio beyond which a sampled ratio is continued by its tangent. Training does so earlier, for the sake of its
+#: gradients; a measurement is exact as far as it means anything, and a ratio of ``exp(20)`` (5e8) is well past that.
 MAX_LOG_RATIO = 20.0
 
 
@@ -42,7 +43,7 @@ class FDivergence:
 
     :param name: Name, for legends and loggers.
     :param generator: ``log_ratio -> f(exp(log_ratio))``. ``f`` is centred, i.e. ``f'(1) = 0``: adding a multiple of
-        ``r - 1`` does not change the divergence, because ``E_b[rho - 1] = 0``, and this multiple makes ``f`` non-negative.
+        ``r - 1`` does not change the divergence, because ``E_b[rho - 1] = 0``, and this one makes ``f`` non-negative.
     :param second_derivative_at_one: ``f''(1)``.
     :param alpha: Order of the alpha-divergence that this divergence is ``f''(1)`` times of; None where there is none.
     """
@@ -54,13 +55,13 @@ class FDivergence:
 
     def per_sample(self, log_ratio: th.Tensor) -> th.Tensor:
         """
-        ``f(rho)`` of actions drawn from the behaviour policy; its mean is an unbiased estimate of ``D_f(pi || pi_b)``.
+        ``f(rho)`` of actions drawn from the behaviour policy; its mean is an unbiased estimate of ``D_f(pi || pi_b)``,
+        provided that the behaviour policy may take every action that the current policy may take.
 
         It is non-negative up to a rounding error of the order of ``eps * |log_ratio|``. Half precision is computed and
         returned in float32. Above ``MAX_LOG_RATIO`` the ratio is continued by its tangent, so that values and gradients
-        are finite for log-ratios up to 100 and far beyond, and the former too small rather than infinite. Only an
-        alpha-divergence of an order outside [0, 3] may overflow to infinity, because of its ``rho^alpha``. A NaN is
-        passed through.
+        are finite, the values too small rather than infinite, for log-ratios from -100 to 100. Only an alpha-divergence of
+        an order outside [0, 3] may still overflow to infinity there, by its ``rho^alpha``. A NaN is passed through.
 
         :param log_ratio: ``log pi(a|s) - log pi_b(a|s)``, of any shape.
         :return: ``f(rho)``, of the same shape.
@@ -79,8 +80,8 @@ class FDivergence:
         """
         ``D_f(pi || pi_b)`` of two categorical policies; that of ``CHI_SQUARE`` is the ratio variance.
 
-        Logits may be ``-inf`` (masked actions). The divergence is infinite where one policy masks an action that the
-        other takes, if ``f`` is unbounded there.
+        Logits may be ``-inf`` (masked actions). An action that only one of the policies takes enters by its limit, which
+        is infinite in some divergences, e.g. in the two KLs if it is only their first policy that takes it.
 
         :param logits: Logits of the current policy, of shape ``(..., n_actions)``; need not be normalised.
         :param behaviour_logits: Logits of the behaviour policy, of the same shape.
@@ -158,6 +159,12 @@ JENSEN_SHANNON = FDivergence("jensen_shannon", _jensen_shannon, second_derivativ
 SQUARED_HELLINGER = FDivergence("squared_hellinger", _squared_hellinger, second_derivative_at_one=0.5, alpha=0.5)
 CHI_SQUARE = FDivergence("chi_square", _chi_square, second_derivative_at_one=2.0, alpha=2.0)
 
+#: The rows of Table 1 that take no parameter, by name; for the sixth see :func:`alpha_divergence`.
+F_DIVERGENCES: dict[str, FDivergence] = {
+    divergence.name: divergence
+    for divergence in (KL_PI_BEHAVIOUR, KL_BEHAVIOUR_PI, JENSEN_SHANNON, SQUARED_HELLINGER, CHI_SQUARE)
+}
+
 
 def alpha_divergence(alpha: float) -> FDivergence:
     """
@@ -180,10 +187,11 @@ def clipping_error(log_ratio: th.Tensor, advantages: th.Tensor, clip_range: floa
     ``min(rho A, clip(rho, 1 - c, 1 + c) A)`` removes the positive part of it: its error is the mean of ``relu`` of this.
 
     :param log_ratio: ``log pi(a|s) - log pi_b(a|s)``, of any shape; large ones as in :meth:`FDivergence.per_sample`.
-    :param advantages: Broadcasts to ``log_ratio``.
+    :param advantages: Advantages, of the same shape.
     :param clip_range: Half-width ``c > 0`` of the clip range.
-    :return: ``rho A`` less its clipped value, of the shape of ``log_ratio``.
+    :return: ``rho A`` less its clipped value, of the same shape.
     """
+    _check_same_shape(log_ratio=log_ratio, advantages=advantages)
     _check_clip_range(clip_range)
     deviation = _limit(_to_float(log_ratio)).expm1()
     return F.softshrink(deviation, clip_range) * advantages
@@ -206,7 +214,7 @@ def clipping_error_bound(ratio_variance: th.Tensor, max_advantage: th.Tensor | f
 
 
 def _mean_under(log_p: th.Tensor, log_q: th.Tensor, function: Callable[[th.Tensor], th.Tensor]) -> th.Tensor:
-    """``E_p[function(log p - log q)]``, where actions that p never takes count nothing, also if q neither takes them."""
+    """``E_p[function(log p - log q)]``; actions that p never takes count nothing, whether or not q takes them."""
     p = log_p.exp()
     return (p * function(th.where(p > 0, log_p - log_q, 0.0))).sum(dim=-1)
 
