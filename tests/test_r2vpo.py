@@ -1,0 +1,575 @@
+import math
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch as th
+from gymnasium import spaces
+from stable_baselines3 import PPO
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.envs import FakeImageEnv, SimpleMultiObsEnv
+from stable_baselines3.common.evaluation import evaluate_policy
+from stable_baselines3.common.logger import configure
+from stable_baselines3.common.save_util import save_to_pkl
+from stable_baselines3.common.utils import LinearSchedule
+from stable_baselines3.common.vec_env import DummyVecEnv
+
+from sb3_r2vpo import R2VPO, R2VPOOff
+from sb3_r2vpo.dual import DEFAULT_INITIAL_VAR_COEF
+from sb3_r2vpo.objectives import OBJECTIVES
+
+ALGORITHMS = [R2VPO, R2VPOOff]
+SMALL = {"n_steps": 32, "batch_size": 16, "n_epochs": 2, "seed": 0, "device": "cpu"}
+
+
+class RandomEnv(gym.Env):
+    """Random observations and rewards of any spaces; episodes of 7 steps, cut off by a time limit."""
+
+    def __init__(self, observation_space: spaces.Space, action_space: spaces.Space, nan_reward_at: int | None = None) -> None:
+        self.observation_space, self.action_space, self.nan_reward_at = observation_space, action_space, nan_reward_at
+        self.steps = 0
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.observation_space.seed(seed)
+        return self.observation_space.sample(), {}
+
+    def step(self, action):
+        self.steps += 1
+        reward = math.nan if self.steps == self.nan_reward_at else float(self.np_random.normal())
+        return self.observation_space.sample(), reward, False, self.steps % 7 == 0, {}
+
+
+VECTOR = spaces.Box(-1, 1, (3,), dtype=np.float32)
+
+
+def weights(model) -> list[th.Tensor]:
+    return [tensor.clone() for tensor in model.policy.state_dict().values()]
+
+
+def assert_same_weights(a: list[th.Tensor], b: list[th.Tensor]) -> None:
+    assert len(a) == len(b)
+    assert all(th.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def logged(model) -> dict[str, float]:
+    """Values recorded by the last update, before the next dump clears them."""
+    return dict(model.logger.name_to_value)
+
+
+# --- equality with PPO -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("env_id", ["CartPole-v1", "Pendulum-v1"])
+@pytest.mark.parametrize("options", [{}, {"clip_range_vf": 0.2, "ent_coef": 0.01, "target_kl": 0.02, "n_epochs": 8}])
+def test_ppo_clip_is_sb3_ppo_bit_for_bit(env_id, options):
+    settings = {"n_steps": 128, "batch_size": 48, "seed": 3, "device": "cpu", **options}
+    # One after the other: both draw from the global generators, which the constructor seeds
+    ppo = PPO("MlpPolicy", env_id, clip_range=0.15, **settings)
+    before = weights(ppo)
+    ppo.learn(3 * 128)
+    assert not all(th.equal(x, y) for x, y in zip(before, weights(ppo), strict=True))
+    kwargs = {"clip_range": 0.15}
+    ours = R2VPO("MlpPolicy", env_id, objective="ppo_clip", objective_kwargs=kwargs, **settings).learn(3 * 128)
+    assert_same_weights(weights(ppo), weights(ours))
+    assert logged(ppo)["train/n_updates"] == logged(ours)["train/n_updates"]
+
+
+def test_ppo_clip_with_a_schedule_is_sb3_ppo_bit_for_bit():
+    schedule = LinearSchedule(start=0.3, end=0.05, end_fraction=1.0)
+    settings = {"n_steps": 128, "seed": 3, "device": "cpu"}
+    ppo = PPO("MlpPolicy", "CartPole-v1", clip_range=schedule, **settings).learn(3 * 128)
+    kwargs = {"clip_range": schedule}
+    ours = R2VPO("MlpPolicy", "CartPole-v1", objective="ppo_clip", objective_kwargs=kwargs, **settings).learn(3 * 128)
+    assert_same_weights(weights(ppo), weights(ours))
+
+
+@pytest.mark.parametrize("env_id", ["CartPole-v1", "Pendulum-v1"])
+def test_off_with_capacity_1_and_utd_1_is_on_bit_for_bit(env_id):
+    settings = {"n_steps": 128, "batch_size": 48, "seed": 3, "device": "cpu", "target_variance": 0.02}
+    on = R2VPO("MlpPolicy", env_id, **settings).learn(4 * 128)
+    off = R2VPOOff("MlpPolicy", env_id, replay_capacity=1, utd_ratio=1, **settings).learn(4 * 128)
+    assert_same_weights(weights(on), weights(off))
+    assert on.dual.value.item() == off.dual.value.item()
+
+
+# --- all that PPO runs on ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize(
+    "action_space",
+    [spaces.Box(-2, 2, (2,)), spaces.Discrete(3), spaces.MultiDiscrete([2, 3]), spaces.MultiBinary(3)],
+    ids=lambda space: type(space).__name__,
+)
+@pytest.mark.parametrize(
+    "observation_space",
+    [
+        VECTOR,
+        spaces.Discrete(5),
+        spaces.MultiDiscrete([3, 2]),
+        spaces.MultiBinary(4),
+        spaces.Dict({"a": VECTOR, "b": spaces.Discrete(3)}),
+    ],
+    ids=lambda space: type(space).__name__,
+)
+def test_spaces(algorithm, observation_space, action_space):
+    env = make_vec_env(lambda: RandomEnv(observation_space, action_space), n_envs=2)
+    policy = "MultiInputPolicy" if isinstance(observation_space, spaces.Dict) else "MlpPolicy"
+    model = algorithm(policy, env, **SMALL)
+    before = weights(model)
+    model.learn(3 * 64)
+    after = weights(model)
+    assert all(tensor.isfinite().all() for tensor in after)
+    assert not all(th.equal(x, y) for x, y in zip(before, after, strict=True))
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_images(algorithm):
+    env = DummyVecEnv([lambda: FakeImageEnv(screen_height=40, screen_width=40, n_channels=1, discrete=False)])
+    model = algorithm("CnnPolicy", env, policy_kwargs={"features_extractor_kwargs": {"features_dim": 16}}, **SMALL)
+    model.learn(3 * 32)
+    assert "train/ratio_variance" in logged(model)
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_dict_with_images(algorithm):
+    model = algorithm("MultiInputPolicy", DummyVecEnv([lambda: SimpleMultiObsEnv(random_start=False)]), **SMALL)
+    model.learn(3 * 32)
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_gsde(algorithm):
+    model = algorithm("MlpPolicy", "Pendulum-v1", use_sde=True, sde_sample_freq=4, **SMALL)
+    model.learn(3 * 32)
+    assert all(tensor.isfinite().all() for tensor in weights(model))
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_objectives(algorithm, objective):
+    kwargs = {"kl_coef": 1.0} if objective == "exact_kl" else None
+    model = algorithm("MlpPolicy", "CartPole-v1", objective=objective, objective_kwargs=kwargs, **SMALL)
+    model.learn(3 * 32)
+    assert all(tensor.isfinite().all() for tensor in weights(model))
+
+
+def test_objectives_differ():
+    """Each name really selects another update, once ratios leave the clip range."""
+    fast = {"n_epochs": 20, "learning_rate": 1e-2}
+    results = []
+    for objective in OBJECTIVES:
+        kwargs = {"kl_coef": 1.0} if objective == "exact_kl" else None
+        model = R2VPO("MlpPolicy", "CartPole-v1", objective=objective, objective_kwargs=kwargs, **(SMALL | fast))
+        results.append(th.cat([tensor.flatten() for tensor in weights(model.learn(64))]))
+    for i, a in enumerate(results):
+        assert all(not th.equal(a, b) for b in results[:i])
+
+
+# --- the multiplier ----------------------------------------------------------------------------------------------------
+
+
+def test_adaptive_multiplier_holds_the_target_variance():
+    model = R2VPO("MlpPolicy", "CartPole-v1", n_steps=512, target_variance=0.01, dual_learning_rate=1.0, seed=0, device="cpu")
+    variances = []
+    train = model.train
+
+    def train_and_record() -> None:
+        train()
+        variances.append(logged(model)["train/ratio_variance"])
+
+    model.train = train_and_record
+    model.learn(12 * 512)
+    assert np.mean(variances[4:]) == pytest.approx(0.01, rel=0.3)
+
+
+def test_larger_multiplier_means_smaller_variance():
+    variances = []
+    for var_coef in (0.0, 0.5, 50.0):
+        model = R2VPO("MlpPolicy", "CartPole-v1", n_steps=256, var_coef=var_coef, learning_rate=1e-3, seed=0, device="cpu")
+        model.learn(256)
+        assert model.dual.value.item() == var_coef
+        variances.append(logged(model)["train/ratio_variance"])
+    assert variances[0] > 1.5 * variances[1]
+    assert variances[1] > 1.5 * variances[2]
+
+
+def test_schedules():
+    model = R2VPO(
+        "MlpPolicy",
+        "CartPole-v1",
+        var_coef=LinearSchedule(start=1.0, end=0.0, end_fraction=1.0),
+        target_variance=lambda progress: 0.02 * progress,
+        **SMALL,
+    )
+    # Two iterations: the second is at progress 0
+    model.learn(64)
+    assert model.dual.value.item() == 0.0
+    model.var_coef = "auto"
+    model._setup_model()
+    model._setup_model()
+    assert model.target_variance(0.5) == 0.01
+
+
+def test_var_coef_strings():
+    assert R2VPO("MlpPolicy", "CartPole-v1").dual.value.item() == DEFAULT_INITIAL_VAR_COEF
+    assert R2VPO("MlpPolicy", "CartPole-v1", var_coef="auto_0.5").dual.value.item() == 0.5
+
+
+# --- logs --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_logged_keys(algorithm, tmp_path):
+    model = algorithm("MlpPolicy", "Pendulum-v1", clip_range_vf=1.0, **SMALL)
+    model.set_logger(configure(str(tmp_path), ["csv"]))
+    model.learn(3 * 32)
+    values = logged(model)
+    of_ppo = "entropy_loss policy_gradient_loss value_loss approx_kl clip_fraction loss explained_variance std n_updates"
+    ours = "var_coef target_variance ratio_variance ratio_max ess policy_grad_norm value_grad_norm clip_range_vf"
+    for name in (of_ppo + " " + ours).split():
+        assert math.isfinite(values[f"train/{name}"]), name
+    assert 0 < values["train/ess"] <= 1
+    assert values["train/ratio_max"] >= 1
+    assert values["train/policy_grad_norm"] > 0
+    assert values["train/value_grad_norm"] > 0
+    assert (tmp_path / "progress.csv").exists()
+
+
+def test_first_minibatch_is_on_policy():
+    """Behaviour and current policy are the same before the first step: all ratios are one."""
+    model = R2VPO("MlpPolicy", "Pendulum-v1", **(SMALL | {"batch_size": 32, "n_epochs": 1}))
+    model.learn(32)
+    values = logged(model)
+    assert values["train/ratio_max"] == pytest.approx(1, abs=1e-5)
+    assert values["train/ess"] == pytest.approx(1, abs=1e-5)
+    assert values["train/ratio_variance"] < 1e-9
+
+
+def test_gradient_norms_are_those_that_get_clipped():
+    """sqrt(policy^2 + value^2) is the total norm, also with a shared feature extractor."""
+    model = R2VPO("MlpPolicy", "Pendulum-v1", **SMALL)
+    for parameter in model.policy.parameters():
+        parameter.grad = th.randn_like(parameter)
+    norms = model._gradient_norms()
+    total = th.nn.utils.get_total_norm([p.grad for p in model.policy.parameters()])
+    th.testing.assert_close((norms["policy_grad_norm"] ** 2 + norms["value_grad_norm"] ** 2).sqrt(), total)
+    critic = [*model.policy.mlp_extractor.value_net.parameters(), *model.policy.value_net.parameters()]
+    th.testing.assert_close(norms["value_grad_norm"], th.nn.utils.get_total_norm([p.grad for p in critic]))
+
+
+def test_target_kl_stops_early(capsys):
+    settings = SMALL | {"n_epochs": 50, "verbose": 1, "learning_rate": 1e-2, "n_steps": 64, "var_coef": 0.0}
+    model = R2VPO("MlpPolicy", "CartPole-v1", target_kl=1e-3, **settings).learn(64)
+    assert model._n_updates < 50
+    assert "Early stopping" in capsys.readouterr().out
+
+
+def test_total_timesteps_may_be_a_float():
+    model = R2VPO("MlpPolicy", "CartPole-v1", **SMALL).learn(1e2)
+    assert model.num_timesteps == 128
+
+
+# --- saving and loading ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_multiplier_is_saved(algorithm, tmp_path):
+    model = algorithm("MlpPolicy", "CartPole-v1", **SMALL).learn(128)
+    value = model.dual.value.item()
+    assert value != DEFAULT_INITIAL_VAR_COEF
+    model.save(tmp_path / "model")
+    loaded = algorithm.load(tmp_path / "model", env=model.get_env())
+    assert loaded.dual.value.item() == value
+    assert loaded.dual.adaptive
+    assert loaded.target_variance(1.0) == model.target_variance(1.0)
+    loaded.learn(64)
+    assert loaded.dual.value.item() != value
+
+
+def test_multiplier_can_be_fixed_on_loading(tmp_path):
+    R2VPO("MlpPolicy", "CartPole-v1", **SMALL).learn(64).save(tmp_path / "model")
+    loaded = R2VPO.load(tmp_path / "model", env=gym.make("CartPole-v1"), var_coef=0.3, target_variance=0.1)
+    assert not loaded.dual.adaptive
+    loaded.learn(64)
+    assert loaded.dual.value.item() == pytest.approx(0.3)
+    assert loaded.target_variance(1.0) == 0.1
+
+
+def test_on_policy_model_goes_on_off_policy(tmp_path):
+    model = R2VPO("MlpPolicy", "CartPole-v1", **SMALL).learn(64)
+    model.save(tmp_path / "model")
+    loaded = R2VPOOff.load(tmp_path / "model", env=gym.make("CartPole-v1"), replay_capacity=3)
+    assert_same_weights(weights(model), weights(loaded))
+    loaded.learn(96)
+    assert len(loaded.replay_buffer) == 3
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_ppo_zip_is_refused(algorithm, tmp_path):
+    PPO("MlpPolicy", "CartPole-v1", **SMALL).save(tmp_path / "ppo")
+    with pytest.raises(ValueError, match=r"`clip_range`, such as PPO.*load_state_dict"):
+        algorithm.load(tmp_path / "ppo")
+
+
+def test_unknown_load_argument_is_refused(tmp_path):
+    R2VPO("MlpPolicy", "CartPole-v1", **SMALL).save(tmp_path / "model")
+    with pytest.raises(ValueError, match=r"Unknown arguments \['clip_range'\]"):
+        R2VPO.load(tmp_path / "model", clip_range=0.1)
+    with pytest.raises(ValueError, match=r"Unknown arguments \['replay_capacity'\]"):
+        R2VPO.load(tmp_path / "model", replay_capacity=2)
+    with pytest.raises(ValueError, match="`var_coef` is -1"):
+        R2VPO.load(tmp_path / "model", var_coef=-1)
+
+
+# --- bad input ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"var_coef": -0.1}, "`var_coef` is -0.1"),
+        ({"var_coef": math.inf}, "`var_coef` is inf"),
+        ({"var_coef": math.nan}, "`var_coef` is nan"),
+        ({"var_coef": "automatic"}, "`var_coef` is 'automatic'"),
+        ({"dual_learning_rate": -1.0}, "`dual_learning_rate` is -1.0"),
+        ({"dual_learning_rate": math.nan}, "`dual_learning_rate` is nan"),
+        ({"dual_learning_rate": math.inf}, "`dual_learning_rate` is inf"),
+        ({"target_variance": 0.0}, "`target_variance` is 0.0"),
+        ({"target_variance": -0.1}, "`target_variance` is -0.1"),
+        ({"target_variance": math.nan}, "`target_variance` is nan"),
+        ({"objective": "ppo"}, "Unknown `objective` 'ppo'; choose one of r2vpo, ppo_clip"),
+        ({"objective": "ppo_clip", "objective_kwargs": {"clip": 0.1}}, r"takes \['clip_range'\]"),
+        ({"objective": "exact_kl"}, r"it needs \['kl_coef'\]"),
+        ({"objective_kwargs": {"var_coef": 0.1}}, "takes none"),
+    ],
+)
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_bad_coefficients(algorithm, settings, message):
+    with pytest.raises(ValueError, match=message):
+        algorithm("MlpPolicy", "CartPole-v1", **settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"replay_capacity": 0}, "`replay_capacity` is 0"),
+        ({"replay_capacity": 2.5}, "`replay_capacity` is 2.5"),
+        ({"utd_ratio": 0}, "`utd_ratio` is 0"),
+        ({"utd_ratio": -1.0}, "`utd_ratio` is -1.0"),
+        ({"utd_ratio": math.nan}, "`utd_ratio` is nan"),
+        ({"utd_ratio": math.inf}, "`utd_ratio` is inf"),
+    ],
+)
+def test_bad_replay_settings(settings, message):
+    with pytest.raises(ValueError, match=message):
+        R2VPOOff("MlpPolicy", "CartPole-v1", **settings)
+
+
+def test_bad_batch_sizes():
+    with pytest.raises(AssertionError, match="`batch_size` must be greater than 1"):
+        R2VPO("MlpPolicy", "CartPole-v1", batch_size=1)
+    with pytest.raises(AssertionError, match=r"`n_steps \* n_envs` must be greater than 1"):
+        R2VPO("MlpPolicy", "CartPole-v1", n_steps=1)
+    with pytest.warns(UserWarning, match="truncated mini-batch of size 4"):
+        R2VPO("MlpPolicy", "CartPole-v1", n_steps=20, batch_size=16)
+
+
+def test_unsupported_action_space():
+    env = RandomEnv(VECTOR, spaces.Dict({"a": VECTOR}))
+    with pytest.raises(AssertionError, match="The algorithm only supports"):
+        R2VPO("MlpPolicy", DummyVecEnv([lambda: env]))
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_nan_reward_does_not_reach_the_weights(algorithm):
+    model = algorithm("MlpPolicy", RandomEnv(VECTOR, spaces.Discrete(2), nan_reward_at=50), **SMALL)
+    model.learn(32)
+    before, multiplier = weights(model), model.dual.value.item()
+    with pytest.raises(ValueError, match=r"rewards contain NaN.*VecCheckNan"):
+        model.learn(32, reset_num_timesteps=False)
+    assert_same_weights(before, weights(model))
+    assert model.dual.value.item() == multiplier
+
+
+def test_nan_gradient_does_not_reach_the_weights():
+    model = R2VPO("MlpPolicy", "CartPole-v1", **SMALL)
+    model.learn(32)
+    model.rollout_buffer.advantages[3] = 1e38
+    model.rollout_buffer.returns[3] = 1e38
+    with pytest.raises(RuntimeError, match="non-finite"):
+        model.train()
+    # Minibatches before the poisoned one have been trained on; none after it
+    assert all(tensor.isfinite().all() for tensor in weights(model))
+    assert math.isfinite(model.dual.value.item())
+
+
+# --- replay ------------------------------------------------------------------------------------------------------------
+
+
+def pendulum_off(**settings) -> R2VPOOff:
+    return R2VPOOff(
+        "MlpPolicy", "Pendulum-v1", **(SMALL | {"replay_capacity": 3, "n_steps": 250, "batch_size": 50} | settings)
+    )
+
+
+def test_staleness_is_logged():
+    model = pendulum_off(learning_rate=1e-3).learn(4 * 250)
+    values = logged(model)
+    assert values["train/ratio_variance_stale_1"] > 0
+    assert values["train/ratio_variance_stale_2"] > 0
+    assert "train/ratio_variance_stale_0" not in values
+    assert "train/ratio_variance_stale_3" not in values
+
+
+def test_replay_fills_and_forgets():
+    model = pendulum_off()
+    sizes = []
+    for _ in range(5):
+        model.learn(250, reset_num_timesteps=False)
+        sizes.append(len(model.replay_buffer))
+    assert sizes == [1, 2, 3, 3, 3]
+
+
+def test_behaviour_log_probs_never_change_and_values_do():
+    model = pendulum_off().learn(250)
+    rollout = model.replay_buffer.rollouts[0]
+    before = {name: getattr(rollout.buffer, name).copy() for name in ("log_probs", "observations", "actions", "values")}
+    model.learn(2 * 250, reset_num_timesteps=False)
+    assert model.replay_buffer.rollouts[0] is rollout
+    for name in ("log_probs", "observations", "actions"):
+        np.testing.assert_array_equal(getattr(rollout.buffer, name), before[name])
+    assert not np.allclose(rollout.buffer.values, before["values"])
+
+
+def test_recomputing_can_be_switched_off():
+    model = pendulum_off(recompute_advantages=False).learn(250)
+    rollout = model.replay_buffer.rollouts[0]
+    before = {name: getattr(rollout.buffer, name).copy() for name in ("values", "advantages", "returns")}
+    model.learn(250, reset_num_timesteps=False)
+    for name, array in before.items():
+        np.testing.assert_array_equal(getattr(rollout.buffer, name), array)
+    assert "train/ratio_variance_stale_1" in logged(model)
+
+
+def test_refresh_with_an_unchanged_critic_changes_nothing():
+    """The whole path (values, last value, time-outs, GAE) against what SB3 computed at collection."""
+    model = R2VPOOff("MlpPolicy", make_vec_env("Pendulum-v1", 2), learning_rate=0.0, **(SMALL | {"n_steps": 250}))
+    model.learn(500)
+    rollout = model.replay_buffer.rollouts[0]
+    # An episode of Pendulum is cut off after 200 steps
+    assert rollout.timeouts.steps == [199, 199]
+    assert rollout.timeouts.envs == [0, 1]
+    before = {name: getattr(rollout.buffer, name).copy() for name in ("values", "advantages", "returns", "rewards")}
+    rollout.buffer.values, rollout.buffer.advantages, rollout.buffer.returns = (
+        np.zeros_like(before["values"]) for _ in range(3)
+    )
+    variance = model._refresh(rollout)
+    assert variance < 1e-9
+    for name, array in before.items():
+        np.testing.assert_allclose(getattr(rollout.buffer, name), array, rtol=1e-4, atol=1e-4)
+
+
+def test_refresh_brings_the_bootstrap_at_timeouts_up_to_date():
+    model = R2VPOOff("MlpPolicy", "Pendulum-v1", learning_rate=0.0, **(SMALL | {"n_steps": 250})).learn(250)
+    rollout = model.replay_buffer.rollouts[0]
+    rewards = rollout.buffer.rewards.copy()
+    with th.no_grad():
+        model.policy.value_net.bias += 10
+    model._refresh(rollout)
+    difference = rollout.buffer.rewards - rewards
+    expected = np.zeros_like(rewards)
+    expected[199, 0] = 10 * model.gamma
+    np.testing.assert_allclose(difference, expected, atol=1e-3)
+
+
+@pytest.mark.parametrize(("utd_ratio", "expected"), [(2.0, 20), (1.0, 10), (0.5, 5), (0.01, 1)])
+def test_utd_ratio_counts_updates(utd_ratio, expected):
+    model = pendulum_off(utd_ratio=utd_ratio, n_epochs=10, replay_capacity=2)
+    model.learn(250)
+    steps = 0
+    step = model.policy.optimizer.step
+
+    def counting_step(*args, **kwargs):
+        nonlocal steps
+        steps += 1
+        return step(*args, **kwargs)
+
+    model.policy.optimizer.step = counting_step
+    model.learn(250, reset_num_timesteps=False)
+    assert steps == expected * 5
+
+
+def test_replay_buffer_is_saved_apart(tmp_path):
+    model = pendulum_off().learn(500)
+    model.save(tmp_path / "model")
+    model.save_replay_buffer(tmp_path / "replay")
+    loaded = R2VPOOff.load(tmp_path / "model", env=model.get_env())
+    # Not in the zip
+    assert len(loaded.replay_buffer) == 0
+    loaded.load_replay_buffer(tmp_path / "replay")
+    for ours, theirs in zip(loaded.replay_buffer.rollouts, model.replay_buffer.rollouts, strict=True):
+        np.testing.assert_array_equal(ours.buffer.log_probs, theirs.buffer.log_probs)
+        np.testing.assert_array_equal(ours.buffer.observations, theirs.buffer.observations)
+    loaded.learn(250)
+    assert len(loaded.replay_buffer) == 3
+
+
+def test_zip_does_not_grow_with_the_replay(tmp_path):
+    model = pendulum_off()
+    model.save(tmp_path / "empty")
+    model.learn(3 * 250).save(tmp_path / "full")
+    replayed = sum(rollout.buffer.observations.nbytes for rollout in model.replay_buffer.rollouts)
+    assert (tmp_path / "full.zip").stat().st_size < (tmp_path / "empty.zip").stat().st_size * 3
+    assert replayed > 0
+
+
+def test_smaller_capacity_keeps_the_newest(tmp_path):
+    model = pendulum_off().learn(3 * 250)
+    model.save_replay_buffer(tmp_path / "replay")
+    smaller = pendulum_off(replay_capacity=1)
+    smaller.load_replay_buffer(tmp_path / "replay")
+    np.testing.assert_array_equal(
+        smaller.replay_buffer.rollouts[0].buffer.log_probs, model.replay_buffer.rollouts[-1].buffer.log_probs
+    )
+
+
+def test_foreign_replay_buffers_are_refused(tmp_path):
+    model = pendulum_off().learn(250)
+    model.save_replay_buffer(tmp_path / "replay")
+    cartpole = R2VPOOff("MlpPolicy", "CartPole-v1", **SMALL)
+    with pytest.raises(ValueError, match="this model's spaces are"):
+        cartpole.load_replay_buffer(tmp_path / "replay")
+    assert len(cartpole.replay_buffer) == 0
+    save_to_pkl(tmp_path / "other", {"not": "a buffer"})
+    with pytest.raises(ValueError, match="holds a dict, not a RolloutReplayBuffer"):
+        model.load_replay_buffer(tmp_path / "other")
+    assert len(model.replay_buffer) == 1
+
+
+# --- learning ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_learns_cartpole(algorithm):
+    env = make_vec_env("CartPole-v1", n_envs=4, seed=0)
+    model = algorithm("MlpPolicy", env, n_steps=256, batch_size=256, learning_rate=1e-3, seed=0, device="cpu")
+    model.learn(40_000)
+    mean_return, _ = evaluate_policy(model, env, n_eval_episodes=20)
+    # A random policy gets 22, the maximum is 500
+    assert mean_return > 400
+
+
+def test_learns_a_bandit():
+    """The sign and the size of the update: the better of two arms is found within 20 rollouts."""
+
+    class Bandit(RandomEnv):
+        def step(self, action):
+            return self.observation_space.sample(), float(action), True, False, {}
+
+    model = R2VPO("MlpPolicy", Bandit(VECTOR, spaces.Discrete(2)), **(SMALL | {"n_steps": 64, "learning_rate": 3e-3}))
+    model.learn(20 * 64)
+    observations = th.rand(100, 3) * 2 - 1
+    probabilities = model.policy.get_distribution(observations).distribution.probs
+    assert probabilities[:, 1].mean() > 0.95
