@@ -1,0 +1,23 @@
+"""The RL Baselines3 Zoo with R2VPO in it: the command line ``r2vpo``, tuned settings, Optuna samplers, learning curves."""
+
+import rl_zoo3.train
+from rl_zoo3.hyperparams_opt import HYPERPARAMS_CONVERTER, HYPERPARAMS_SAMPLER
+
+from sb3_r2vpo import R2VPO, R2VPOOff
+from sb3_r2vpo.zoo.manager import ExperimentManager
+from sb3_r2vpo.zoo.sampler import convert_r2vpo_params, sample_r2vpo_off_params, sample_r2vpo_params
+
+__all__ = ["ExperimentManager", "register"]
+
+
+def register() -> None:
+    """
+    Register R2VPO with the Zoo under the names ``r2vpo`` and ``r2vpo_off``.
+
+    It has to happen before ``rl_zoo3.train.train()`` parses its command line, whose ``--algo`` offers what is registered by
+    then; the Zoo's own ``--gym-packages`` comes too late.
+    """
+    rl_zoo3.ALGOS.update(r2vpo=R2VPO, r2vpo_off=R2VPOOff)
+    HYPERPARAMS_SAMPLER.update(r2vpo=sample_r2vpo_params, r2vpo_off=sample_r2vpo_off_params)
+    HYPERPARAMS_CONVERTER.update(r2vpo=convert_r2vpo_params, r2vpo_off=convert_r2vpo_params)
+    rl_zoo3.train.ExperimentManager = ExperimentManager  # type: ignore[misc]
