@@ -1,8 +1,8 @@
 """The DeepMind Control Suite as Gymnasium environments for `MlpPolicy`: `gym.make("dm_control/walker-run-v0")`.
 
-Shimmy converts dm_control to Gymnasium, and registers these very ids with its own raw environments: dictionaries of
-float64 observations, which `MlpPolicy` rejects, and no `max_episode_steps`. The ids registered here give Shimmy's
-environment behind Gymnasium's `FlattenObservation` and `DtypeObservation`, all in float32.
+Shimmy converts dm_control to Gymnasium and registers these very ids, but what it gives are dictionaries of float64
+arrays, which `MlpPolicy` rejects, and no `max_episode_steps`. The ids registered here give Shimmy's environment behind
+Gymnasium's `FlattenObservation`, in float32.
 
 MuJoCo is imported by the first environment made, not by importing this module.
 """
@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import gymnasium as gym
 import numpy as np
-from gymnasium.wrappers import DtypeObservation, FlattenObservation
+from gymnasium import spaces
+from gymnasium.wrappers import FlattenObservation
 
 if TYPE_CHECKING:
     from shimmy import DmControlCompatibilityV0
@@ -57,6 +58,9 @@ def register() -> None:
 
     A later `import shimmy` puts Shimmy's raw environments back under the same ids, and Gymnasium warns
     'Overriding environment'; calling this function afterwards takes them over again.
+
+    Worker processes that start afresh know only the ids they import: SB3's `SubprocVecEnv` needs the id with its
+    module, `sb3_r2vpo.envs:dm_control/walker-run-v0`. RL Zoo sends its workers the specification itself.
     """
     for env_id, (domain, task) in DM_CONTROL_IDS.items():
         gym.registry.pop(env_id, None)
@@ -64,13 +68,10 @@ def register() -> None:
             env_id,
             entry_point="sb3_r2vpo.envs.dm_control:make_dm_control",
             max_episode_steps=MAX_EPISODE_STEPS,
-            # It would look at Shimmy's own spaces, below the wrappers that make them ready for SB3.
+            # It would look at Shimmy's dictionaries, below the wrapper that makes them ready for SB3.
             disable_env_checker=True,
             kwargs={"domain_name": domain, "task_name": task},
-            additional_wrappers=(
-                FlattenObservation.wrapper_spec(),
-                DtypeObservation.wrapper_spec(dtype="float32"),
-            ),
+            additional_wrappers=(FlattenObservation.wrapper_spec(),),
         )
 
 
@@ -82,50 +83,50 @@ def make_dm_control(
     **suite_kwargs: Any,
 ) -> "DmControlCompatibilityV0":
     """
-    Load one task through Shimmy: the entry point of the registered ids, which wrap it further. Use `gym.make`.
+    Load one task through Shimmy: the entry point of the registered ids, which flatten its observations. Use `gym.make`.
 
-    On a Linux machine without a display the first environment made sets `MUJOCO_GL` to `egl`, or to `osmesa` where
-    only that library is installed, unless the variable is set already.
+    On a Linux machine without a display the first environment made sets `MUJOCO_GL`, unless it is set already: to
+    `egl`, or to `osmesa` where only that library is installed. Where neither is, training works and `render()` raises
+    'No OpenGL rendering backend is available': install one (Debian: `libegl1` or `libosmesa6`).
 
     :param domain_name: Domain, such as `walker`
     :param task_name: Task, such as `run`
     :param render_mode: None, or one of Shimmy's: `rgb_array`, `depth_array`, `multi_camera`, `human`
-    :param render_kwargs: Arguments of `Physics.render`. The default is camera 0 at 480 x 480 pixels, as camera 0
-        follows the robot in every domain that leaves its place, and dm_control's own default camera does not.
+    :param render_kwargs: Arguments of dm_control's `Physics.render`. The default is camera 0 at 480 x 480 pixels:
+        every task has that camera, and those of the robots that walk away follow them, which dm_control's free camera
+        does not.
     :param suite_kwargs: Further arguments of `dm_control.suite.load`, such as `task_kwargs` and `environment_kwargs`
-    :return: Shimmy's environment; observations are a dictionary of float64 arrays, actions float32
-    :raises RuntimeError: When frames are asked for on a machine with neither a display nor an off-screen OpenGL library
+    :return: Shimmy's environment, with spaces in float32
     """
     if "shimmy" not in sys.modules:
         _import_shimmy()
     from dm_control import suite
     from shimmy import DmControlCompatibilityV0
 
-    if render_mode is not None:
-        if os.environ.get("MUJOCO_GL") == "disable":
-            raise RuntimeError(
-                f"render_mode={render_mode!r} needs OpenGL, and MUJOCO_GL is 'disable' or no library was found. Install "
-                "EGL or OSMesa (Debian: `apt install libegl1` or `libosmesa6`) and restart with MUJOCO_GL=egl or osmesa."
-            )
-        if render_kwargs is None and render_mode != "multi_camera":
-            render_kwargs = {"camera_id": 0, "height": 480, "width": 480}
-
+    if render_kwargs is None and render_mode != "multi_camera":
+        render_kwargs = {"camera_id": 0, "height": 480, "width": 480}
     env = DmControlCompatibilityV0(suite.load(domain_name, task_name, **suite_kwargs), render_mode, render_kwargs)
-    # Shimmy writes 1000 times the control timestep, into a dictionary that all its environments share.
+    # `FlattenObservation` casts to the dtype of the space, so that this is all that float32 takes.
+    env.observation_space = spaces.Dict({key: _float32(space) for key, space in env.observation_space.items()})
+    env.action_space = _float32(env.action_space)
+    # Shimmy writes 1000 times the timestep, and into a dictionary that all its environments share.
     env.metadata = {**env.metadata, "render_fps": round(1 / env.dt)}
-    action_space = env.action_space
-    env.action_space = gym.spaces.Box(action_space.low, action_space.high, dtype=np.float32)
     return env
 
 
+def _float32(box: spaces.Box) -> spaces.Box:
+    return spaces.Box(box.low.astype(np.float32), box.high.astype(np.float32))
+
+
 def _import_shimmy() -> None:
-    """Import Shimmy, and with it dm_control and MuJoCo, and keep our ids."""
+    """Import Shimmy, and with it dm_control and MuJoCo, keeping our ids."""
     if sys.platform == "linux" and not {"DISPLAY", "WAYLAND_DISPLAY", "MUJOCO_GL"} & os.environ.keys():
-        # dm_control reads the variable once, at import. By itself it takes GLFW, which fails without a display.
-        available = (name for name, library in (("egl", "EGL"), ("osmesa", "OSMesa")) if ctypes.util.find_library(library))
+        # dm_control chooses once, at import, and by itself takes GLFW, which fails without a display.
+        libraries = {"egl": "EGL", "osmesa": "OSMesa"}
+        available = (name for name, library in libraries.items() if ctypes.util.find_library(library))
         os.environ["MUJOCO_GL"] = next(available, "disable")
     for env_id in DM_CONTROL_IDS:
-        gym.registry.pop(env_id, None)  # so that Gymnasium does not warn of 51 overridden ids
+        gym.registry.pop(env_id, None)  # or Gymnasium warns of 51 overridden ids
     try:
         import shimmy  # noqa: F401
     finally:
