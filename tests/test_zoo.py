@@ -246,12 +246,6 @@ def test_tune_in_sqlite(capsys):
     assert "Wrote logs/r2vpo_off/mine_history.png" in capsys.readouterr().out
 
 
-def test_tune_without_pandas(monkeypatch):
-    monkeypatch.setitem(sys.modules, "pandas", None)
-    with pytest.raises(ImportError, match=r"sb3-r2vpo\[plots\]"):
-        main(["tune", "-n", "64", "--n-trials", "1"])
-
-
 # --- Runs
 
 

@@ -167,11 +167,6 @@ class ExperimentManager(ZooExperimentManager):
         return reward
 
     def hyperparameters_optimization(self) -> None:
-        try:
-            import pandas  # noqa: F401
-        except ImportError as error:
-            # The Zoo would find out when all trials are done
-            raise ImportError("The report on a study needs pandas: `pip install sb3-r2vpo[plots]`.") from error
         draw, self.no_optim_plots = not self.no_optim_plots, True  # the Zoo's need plotly and a browser
         super().hyperparameters_optimization()
         if draw and self.storage is not None and self.study_name is not None:
