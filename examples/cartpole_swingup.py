@@ -57,7 +57,7 @@ def plot_learning_curve(monitor_file: Path, png: Path) -> None:
 def record_video(model: R2VPO, folder: Path) -> None:
     """One episode as an mp4 file; needs OpenGL."""
     env = DummyVecEnv([lambda: gym.make(ENV_ID, render_mode="rgb_array")])
-    recorder = VecVideoRecorder(env, str(folder), record_video_trigger=lambda step: step == 0, video_length=1000, name_prefix="r2vpo")
+    recorder = VecVideoRecorder(env, str(folder), lambda step: step == 0, video_length=1000, name_prefix="r2vpo")
     env = VecNormalize(recorder, training=False, norm_reward=False)
     env.obs_rms = model.get_vec_normalize_env().obs_rms
     obs = env.reset()

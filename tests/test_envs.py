@@ -9,7 +9,7 @@ from stable_baselines3.common.env_checker import check_env
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import SubprocVecEnv
 
-import sb3_r2vpo.envs  # noqa: F401  registers the ids
+import sb3_r2vpo.envs
 
 NO_OPENGL = 77
 
@@ -164,3 +164,9 @@ def test_fresh_worker_processes():
     assert observations.shape == (2, 3)
     assert not np.array_equal(*observations)
     env.close()
+
+
+def test_envpool_is_an_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "envpool", None)
+    with pytest.raises(ImportError, match=r"pip install sb3-r2vpo\[envpool\]"):
+        sb3_r2vpo.envs.EnvPoolVecEnv("dm_control/walker-run-v0")

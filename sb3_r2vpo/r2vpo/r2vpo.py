@@ -55,7 +55,8 @@ class R2VPO(OnPolicyAlgorithm):
         Adaptive is the default because no fixed value serves small and large batches, or few and many action dimensions.
     :param target_variance: The tolerance ``epsilon``: where an adaptive multiplier holds ``E[(rho - 1)^2]``, averaged over the
         minibatches of an update. A number or a schedule.
-    :param dual_learning_rate: The step size ``eta`` of the adaptive multiplier, per minibatch.
+    :param dual_learning_rate: The step size ``eta`` of the adaptive multiplier, per minibatch. It should be small enough for
+        the multiplier to hardly move within one update, whose first minibatches have ratios near one and whose last have not.
     :param objective: The policy objective: "r2vpo", or a baseline to compare with in the same loop: "ppo_clip", "clip_higher",
         "gppo", "topr", "exact_kl", "spo" (see ``sb3_r2vpo.objectives``). The multiplier serves "r2vpo" only.
     :param objective_kwargs: Coefficients of the baselines by their names in ``sb3_r2vpo.objectives``, numbers or schedules,
@@ -108,7 +109,7 @@ class R2VPO(OnPolicyAlgorithm):
         gae_lambda: float = 0.95,
         var_coef: float | Schedule | str = "auto",
         target_variance: float | Schedule = 0.02,
-        dual_learning_rate: float = 0.1,
+        dual_learning_rate: float = 0.02,
         objective: str = "r2vpo",
         objective_kwargs: dict[str, Any] | None = None,
         clip_range_vf: float | Schedule | None = None,

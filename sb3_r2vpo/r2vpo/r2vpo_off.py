@@ -62,7 +62,7 @@ class R2VPOOff(R2VPO):
         gae_lambda: float = 0.95,
         var_coef: float | Schedule | str = "auto",
         target_variance: float | Schedule = 0.05,
-        dual_learning_rate: float = 0.1,
+        dual_learning_rate: float = 0.02,
         replay_capacity: int = 2,
         utd_ratio: float = 2.0,
         recompute_advantages: bool = True,
