@@ -13,7 +13,7 @@ from stable_baselines3.common.vec_env.base_vec_env import VecEnv, VecEnvIndices,
 
 from sb3_r2vpo.envs.dm_control import DM_CONTROL_IDS
 
-# EnvPool gives the tasks of a domain one common set of keys, and fills with zeros what the task does not observe.
+# EnvPool gives all tasks of a domain the same keys: those that a task does not observe, mostly zeros, are left out.
 _DOG = ("ball_state", "target_position")
 _HUMANOID = ("position",)
 _QUADRUPED = ("ball_state", "origin", "rangefinder", "target_position")
@@ -62,10 +62,11 @@ class EnvPoolVecEnv(VecEnv):
     generators differ, but of the same distribution. As everywhere in SB3, `seed()` acts at the next `reset()`; as
     EnvPool takes seeds at construction only, that `reset()` builds the pool anew (40 ms an environment for walker).
 
-    Two differences remain. EnvPool 1.2.5 contains MuJoCo 3.6; under dm_control with MuJoCo 3.7 or later, two capsules
-    in contact move differently (the finger on its spinner, the humanoid against itself). And where dm_control raises
-    `PhysicsError` because the simulation diverged, for instance on NaN actions, MuJoCo here prints a warning and goes
-    on: `VecCheckNan` finds such actions.
+    Equality is tested transition by transition, for all domains but dog, humanoid_CMU, lqr, manipulator, quadruped,
+    stacker and swimmer. Two differences are known. EnvPool 1.2.5 contains MuJoCo 3.6; under dm_control with MuJoCo 3.7
+    or later, two capsules in contact move differently (the finger on its spinner, the humanoid against itself). And
+    where dm_control raises `PhysicsError` because the simulation diverged, for instance on NaN actions, MuJoCo here
+    prints a warning and goes on: `VecCheckNan` finds such actions.
 
     Frames, videos and the physics itself are for `gym.make(env_id, render_mode="rgb_array")`.
 
