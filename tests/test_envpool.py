@@ -25,7 +25,7 @@ envpool = pytest.importorskip("envpool", reason="needs the extra: pip install sb
 
 @pytest.fixture(autouse=True, scope="module")
 def one_torch_thread():
-    """On a busy machine, several threads take ten times as long for so small a policy."""
+    """On a busy machine, several threads are many times slower on so small a policy."""
     n_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
