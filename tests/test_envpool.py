@@ -301,6 +301,22 @@ def test_end_of_episode():
             assert info["episode"]["t"] > 0
 
 
+def test_staggered_episodes():
+    """First episodes of 250, 500, 750 and 1000 steps, cut off as by a time limit; whole ones then; again after `reset`."""
+    vec_env = EnvPoolVecEnv(env_id("pendulum-swingup"), n_envs=4, seed=0, num_threads=1, stagger=True)
+    actions = np.zeros((4, 1), dtype=np.float32)
+    for _ in range(2):
+        vec_env.reset()
+        ends = []
+        for step in range(1, 2001):
+            _, _, dones, infos = vec_env.step(actions)
+            for i in np.flatnonzero(dones):
+                assert infos[i]["TimeLimit.truncated"]
+                ends.append((step, i, infos[i]["episode"]["l"]))
+        first = [(250, 0, 250), (500, 1, 500), (750, 2, 750), (1000, 3, 1000)]
+        assert ends == [*first, (1250, 0, 1000), (1500, 1, 1000), (1750, 2, 1000), (2000, 3, 1000)]
+
+
 def test_types_and_ownership():
     """As with `DummyVecEnv`, what a step returned must not change with the next one, nor its infos be shared."""
     vec_env = EnvPoolVecEnv(env_id("pendulum-swingup"), n_envs=2, seed=0)
