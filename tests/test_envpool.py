@@ -10,7 +10,6 @@ and dm_control, which is set to the state found in those.
 import gymnasium as gym
 import numpy as np
 import pytest
-import torch
 from scipy.spatial.transform import Rotation
 from scipy.stats import ks_2samp
 from stable_baselines3 import PPO
@@ -21,15 +20,6 @@ from stable_baselines3.common.vec_env import VecMonitor, VecNormalize
 from sb3_r2vpo.envs import DM_CONTROL_IDS, EnvPoolVecEnv
 
 envpool = pytest.importorskip("envpool", reason="needs the extra: pip install sb3-r2vpo[envpool]")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_torch_thread():
-    """On a busy machine, several threads are many times slower on so small a policy."""
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n_threads)
 
 
 def env_id(task):
