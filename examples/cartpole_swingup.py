@@ -18,6 +18,7 @@ from matplotlib import pyplot as plt
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.results_plotter import window_func
+from stable_baselines3.common.utils import LinearSchedule
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecMonitor, VecNormalize, VecVideoRecorder
 
 from sb3_r2vpo import R2VPO
@@ -81,7 +82,9 @@ def main() -> None:
     # `EnvPoolVecEnv` has the statistics of `VecMonitor` built in, but not its file
     warnings.filterwarnings("ignore", message="The environment is already wrapped with a `Monitor`")
     envs = VecMonitor(make_training_envs(n_envs=32, seed=args.seed), str(args.folder / "train"))
-    model = R2VPO("MlpPolicy", VecNormalize(envs), n_steps=128, batch_size=512, seed=args.seed, device="cpu")
+    learning_rate = LinearSchedule(start=5e-4, end=0.0, end_fraction=1.0)
+    settings = {"n_steps": 128, "batch_size": 512, "learning_rate": learning_rate}
+    model = R2VPO("MlpPolicy", VecNormalize(envs), **settings, seed=args.seed, device="cpu")
 
     before = mean_return(model)
     model.learn(args.timesteps, progress_bar=True)
