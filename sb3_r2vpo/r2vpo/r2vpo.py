@@ -5,6 +5,7 @@ import math
 import warnings
 from collections import defaultdict
 from collections.abc import Iterator
+from functools import partial
 from numbers import Real
 from typing import Any, ClassVar, TypeVar
 
@@ -12,7 +13,7 @@ import numpy as np
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.base_class import BaseAlgorithm
-from stable_baselines3.common.buffers import RolloutBuffer
+from stable_baselines3.common.buffers import DictRolloutBuffer, RolloutBuffer
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, RolloutBufferSamples, Schedule
@@ -20,6 +21,7 @@ from stable_baselines3.common.utils import FloatSchedule, explained_variance
 from torch.nn import functional as F
 
 from sb3_r2vpo.dual import DualVariable
+from sb3_r2vpo.minibatches import rollout_tensors, shuffled_minibatches
 from sb3_r2vpo.objectives import OBJECTIVES
 from sb3_r2vpo.r2vpo.policies import CnnPolicy, MlpPolicy, MultiInputPolicy
 
@@ -244,9 +246,13 @@ class R2VPO(OnPolicyAlgorithm):
 
     def _minibatches(self) -> Iterator[RolloutBufferSamples]:
         """The minibatches of one update, in order: ``n_epochs`` shuffled passes over the rollout."""
+        draw = self.rollout_buffer.get
+        # A class of the user's may do as it likes in `get`
+        if type(self.rollout_buffer) in (RolloutBuffer, DictRolloutBuffer):
+            draw = partial(shuffled_minibatches, [rollout_tensors(self.rollout_buffer)])  # type: ignore[assignment]
         for _ in range(self.n_epochs):
             self._n_updates += 1
-            yield from self.rollout_buffer.get(self.batch_size)
+            yield from draw(self.batch_size)
 
     def _evaluate_actions(self, rollout_data: RolloutBufferSamples) -> tuple[th.Tensor, th.Tensor, th.Tensor | None]:
         """

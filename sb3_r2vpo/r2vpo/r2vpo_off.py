@@ -16,6 +16,7 @@ from stable_baselines3.common.save_util import load_from_pkl, save_to_pkl
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, RolloutBufferSamples, Schedule
 from stable_baselines3.common.utils import obs_as_tensor
 
+from sb3_r2vpo.minibatches import shuffled_minibatches
 from sb3_r2vpo.objectives import ratio_minus_one
 from sb3_r2vpo.r2vpo.r2vpo import R2VPO
 from sb3_r2vpo.rollout_replay import RolloutReplayBuffer, StoredRollout, Timeouts
@@ -150,7 +151,8 @@ class R2VPOOff(R2VPO):
     def _minibatches(self) -> Iterator[RolloutBufferSamples]:
         """The minibatches of one update: ``utd_ratio * n_epochs`` times those of one rollout, from the whole replay buffer."""
         per_epoch = math.ceil(self.rollout_buffer.buffer_size * self.n_envs / self.batch_size)
-        minibatches = chain.from_iterable(self.replay_buffer.get(self.batch_size) for _ in repeat(None))
+        rollouts = [rollout.tensors() for rollout in self.replay_buffer.rollouts]
+        minibatches = chain.from_iterable(shuffled_minibatches(rollouts, self.batch_size) for _ in repeat(None))
         for _ in range(max(1, round(self.utd_ratio * self.n_epochs))):
             self._n_updates += 1
             yield from islice(minibatches, per_epoch)
