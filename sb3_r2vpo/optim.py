@@ -42,6 +42,14 @@ class FlatAdam(th.optim.Adam):
         super().__setstate__(state)
         self._flat = None
 
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        # The same without its profiling and grouping, which take longer than a forward pass through a layer
+        if not set_to_none:
+            return super().zero_grad(set_to_none=False)
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = None
+
     @th.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         group = self.param_groups[0]
@@ -96,6 +104,22 @@ class FlatAdam(th.optim.Adam):
         return True
 
 
+def with_fewer_operations(optimizer: th.optim.Optimizer) -> th.optim.Optimizer:
+    """
+    :param optimizer: Any optimizer
+    :return: For an Adam whose implementation was left open, :class:`FlatAdam` on a CPU and the fused one on CUDA; else itself
+    """
+    groups = optimizer.param_groups
+    if type(optimizer) is not th.optim.Adam or any(group["fused"] or group["foreach"] for group in groups):
+        return optimizer
+    devices = {parameter.device.type for group in groups for parameter in group["params"]}
+    if devices == {"cpu"}:
+        return FlatAdam(groups)
+    if devices == {"cuda"}:
+        return th.optim.Adam([group | {"fused": True} for group in groups])
+    return optimizer
+
+
 @th.no_grad()
 def clip_gradients(parameters: Iterable[th.nn.Parameter], max_norm: float) -> tuple[th.Tensor, th.Tensor]:
     """
@@ -114,3 +138,34 @@ def clip_gradients(parameters: Iterable[th.nn.Parameter], max_norm: float) -> tu
         has_gradient = th.tensor([parameter.grad is not None for parameter in parameters], device=norms.device)
         norms = norms.new_zeros(len(parameters)).masked_scatter(has_gradient, norms)
     return total_norm, norms
+
+
+def refuse_nonfinite(norms: th.Tensor) -> None:
+    """
+    :param norms: Norms of gradients, of any shape
+    :raises RuntimeError: One of them is NaN or infinite.
+    """
+    if not norms.isfinite().all():
+        raise RuntimeError(
+            "The gradient is non-finite (NaN or infinite); the step was not made, the weights are finite. Extreme rewards or "
+            "observations do this: wrap the environment in `stable_baselines3.common.vec_env.VecNormalize`."
+        )
+
+
+def step_if_finite(optimizer: th.optim.Optimizer, total_norm: th.Tensor) -> None:
+    """
+    One step, unless a gradient is NaN or infinite, which one step would spread to all weights.
+
+    :param optimizer: Any optimizer
+    :param total_norm: Norm of all gradients
+    :raises RuntimeError: The norm is not finite. A fused optimizer (``fused=True``) skips the step on its own, with no error,
+        so that the host needn't wait for the device: look at the norms after the last of many steps.
+    """
+    if optimizer.param_groups[0].get("fused"):
+        # The convention of `torch.amp.GradScaler`
+        optimizer.found_inf = (~total_norm.isfinite()).float()  # type: ignore[attr-defined]
+        optimizer.step()
+        optimizer.found_inf = None  # type: ignore[attr-defined]
+    else:
+        refuse_nonfinite(total_norm)
+        optimizer.step()

@@ -85,6 +85,7 @@ class R2VPOOff(R2VPO):
         verbose: int = 0,
         seed: int | None = None,
         device: th.device | str = "auto",
+        compile: bool = False,
         _init_setup_model: bool = True,
     ) -> None:
         super().__init__(
@@ -117,6 +118,7 @@ class R2VPOOff(R2VPO):
             verbose=verbose,
             seed=seed,
             device=device,
+            compile=compile,
             _init_setup_model=False,
         )
         self.replay_capacity = replay_capacity
