@@ -1,18 +1,19 @@
 """Clipping and stepping with few operations: for small networks their number, not their size, is what an update costs."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch as th
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 #: Options of ``th.optim.Adam`` that are left to it.
-_PLAIN_OPTIONS = ("amsgrad", "capturable", "decoupled_weight_decay", "differentiable", "foreach", "fused", "maximize")
+_PLAIN_OPTIONS = ["amsgrad", "capturable", "decoupled_weight_decay", "differentiable", "foreach", "fused", "maximize"]
 
 
-class _FlatState(NamedTuple):
+class FlatState(NamedTuple):
     """Adam's state for all parameters together, and the views of it that belong to each."""
 
+    #: Number of steps, once for each parameter
     step: th.Tensor
     exp_avg: th.Tensor
     exp_avg_sq: th.Tensor
@@ -35,7 +36,7 @@ class FlatAdam(th.optim.Adam):
     :param kwargs: Arguments of ``th.optim.Adam``
     """
 
-    _flat: _FlatState | None = None
+    _flat: FlatState | None = None
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # Called by `load_state_dict`, `pickle` and `deepcopy`: the new state consists of separate tensors again
@@ -54,13 +55,11 @@ class FlatAdam(th.optim.Adam):
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         group = self.param_groups[0]
         gradients = [parameter.grad for parameter in group["params"]]
-        is_special = closure is not None or len(self.param_groups) > 1 or any(gradient is None for gradient in gradients)
-        if is_special or not self._flatten():
+        if closure is not None or any(gradient is None for gradient in gradients) or (flat := self.flatten()) is None:
             self._flat = None
             return super().step(closure)
 
-        assert self._flat is not None
-        flat, (beta1, beta2) = self._flat, group["betas"]
+        beta1, beta2 = group["betas"]
         step = flat.step.add_(1)[0].item()
         gradient = _flatten_dense_tensors(gradients)
         flat.exp_avg.lerp_(gradient, 1 - beta1)
@@ -71,49 +70,83 @@ class FlatAdam(th.optim.Adam):
         th._foreach_addcdiv_(group["params"], flat.exp_avgs, flat.denominators, -step_size)
         return None
 
-    def _flatten(self) -> bool:
+    def flatten(self) -> FlatState | None:
         """
-        Put the state of all parameters into common tensors, if that has not been done.
-
-        :return: Whether the state is in common tensors
+        :return: The state of all parameters in common tensors; ``None`` where they can't be treated alike
         """
+        if len(self.param_groups) > 1:
+            return None
         if self._flat is not None:
-            return True
+            return self._flat
         group = self.param_groups[0]
         parameters = group["params"]
         states = [self.state[parameter] for parameter in parameters]
         alike = (
-            # Not before Adam's first step has made the state
-            all("step" in state for state in states)
-            and len({state["step"].item() for state in states}) == 1
-            and len({(parameter.dtype, parameter.device) for parameter in parameters}) == 1
+            len({(parameter.dtype, parameter.device) for parameter in parameters}) == 1
+            and len({float(state.get("step", 0)) for state in states}) == 1
             and not any(group.get(option) for option in (*_PLAIN_OPTIONS, "weight_decay"))
         )
         if not alike:
-            return False
-        step = th.stack([state["step"] for state in states])
-        exp_avg = _flatten_dense_tensors([state["exp_avg"] for state in states])
-        exp_avg_sq = _flatten_dense_tensors([state["exp_avg_sq"] for state in states])
+            return None
+        zeros = [th.zeros_like(parameter) for parameter in parameters]
+        step = th.tensor([float(state.get("step", 0)) for state in states], device=parameters[0].device)
+        exp_avg, exp_avg_sq = (
+            _flatten_dense_tensors([state.get(name, zero) for state, zero in zip(states, zeros, strict=True)])
+            for name in ("exp_avg", "exp_avg_sq")
+        )
         denominator = th.empty_like(exp_avg)
         exp_avgs, exp_avg_sqs, denominators = (
             _unflatten_dense_tensors(tensor, parameters) for tensor in (exp_avg, exp_avg_sq, denominator)
         )
         for state, *views in zip(states, step, exp_avgs, exp_avg_sqs, strict=True):
             state["step"], state["exp_avg"], state["exp_avg_sq"] = views
-        self._flat = _FlatState(step, exp_avg, exp_avg_sq, denominator, exp_avgs, denominators)
-        return True
+        self._flat = FlatState(step, exp_avg, exp_avg_sq, denominator, exp_avgs, denominators)
+        return self._flat
 
 
-def with_fewer_operations(optimizer: th.optim.Optimizer) -> th.optim.Optimizer:
+def adam_step(
+    parameters: list[th.nn.Parameter],
+    gradients: Sequence[th.Tensor],
+    state: FlatState,
+    learning_rate: th.Tensor,
+    betas: tuple[float, float],
+    eps: float,
+    accept: th.Tensor,
+) -> None:
+    """
+    :class:`FlatAdam`'s step made of tensors only, to be compiled together with what computes the gradients.
+
+    :param parameters: All parameters, changed in place
+    :param gradients: One for each
+    :param state: Changed in place
+    :param learning_rate: A scalar
+    :param betas: Adam's
+    :param eps: Adam's
+    :param accept: A boolean scalar: if false, nothing changes, whatever the gradients are
+    """
+    gradient = th.where(accept, th.cat([gradient.flatten() for gradient in gradients]), 0.0)
+    state.step.add_(accept)
+    step, (beta1, beta2) = state.step[0], betas
+    state.exp_avg.lerp_(gradient, th.where(accept, 1 - beta1, 0.0))
+    state.exp_avg_sq.lerp_(gradient.square(), th.where(accept, 1 - beta2, 0.0))
+    denominator = (state.exp_avg_sq / (1 - beta2**step)).sqrt() + eps
+    change = th.where(accept, learning_rate / (1 - beta1**step) * state.exp_avg / denominator, 0.0)
+    sizes = [parameter.numel() for parameter in parameters]
+    for parameter, part in zip(parameters, change.split(sizes), strict=True):
+        parameter.sub_(part.view_as(parameter))
+
+
+def with_fewer_operations(optimizer: th.optim.Optimizer, flat: bool = False) -> th.optim.Optimizer:
     """
     :param optimizer: Any optimizer
+    :param flat: Whether to take :class:`FlatAdam` on any device
     :return: For an Adam whose implementation was left open, :class:`FlatAdam` on a CPU and the fused one on CUDA; else itself
     """
     groups = optimizer.param_groups
     if type(optimizer) is not th.optim.Adam or any(group["fused"] or group["foreach"] for group in groups):
         return optimizer
     devices = {parameter.device.type for group in groups for parameter in group["params"]}
-    if devices == {"cpu"}:
+    if flat or devices == {"cpu"}:
         return FlatAdam(groups)
     if devices == {"cuda"}:
         return th.optim.Adam([group | {"fused": True} for group in groups])

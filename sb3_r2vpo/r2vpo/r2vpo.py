@@ -4,7 +4,7 @@ import inspect
 import math
 import warnings
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from numbers import Real
 from typing import Any, ClassVar, TypeVar
@@ -24,7 +24,15 @@ from sb3_r2vpo.compilation import compiled
 from sb3_r2vpo.dual import DualVariable
 from sb3_r2vpo.minibatches import rollout_tensors, shuffled_minibatches
 from sb3_r2vpo.objectives import OBJECTIVES, ratio_statistics
-from sb3_r2vpo.optim import clip_gradients, refuse_nonfinite, step_if_finite, with_fewer_operations
+from sb3_r2vpo.optim import (
+    FlatAdam,
+    FlatState,
+    adam_step,
+    clip_gradients,
+    refuse_nonfinite,
+    step_if_finite,
+    with_fewer_operations,
+)
 from sb3_r2vpo.r2vpo.evaluation import evaluate_actions
 from sb3_r2vpo.r2vpo.policies import CnnPolicy, MlpPolicy, MultiInputPolicy
 
@@ -211,9 +219,10 @@ class R2VPO(OnPolicyAlgorithm):
         dual = DualVariable(self.var_coef)
         super()._setup_model()
         self.dual = dual.to(self.device)
-        self.policy.optimizer = with_fewer_operations(self.policy.optimizer)
-        # Of the policy, only what is computed with it: the names in its `state_dict` stay those of SB3
-        self._compute_loss = compiled(self._loss) if self.compile else self._loss
+        self.policy.optimizer = with_fewer_operations(self.policy.optimizer, flat=self.compile)
+        if self.compile:
+            self._flat_adam_state()
+        self._compiled_step = compiled(self._tensor_step) if self.compile else None
 
         # `load()` calls this method again on what it has restored: wrapping a `FloatSchedule` once more is harmless
         self.target_variance = FloatSchedule(self.target_variance)
@@ -329,45 +338,103 @@ class R2VPO(OnPolicyAlgorithm):
         }
         return loss, {name: part.detach() for name, part in parts.items()}
 
+    def _gradient_step(
+        self,
+        rollout_data: RolloutBufferSamples,
+        coefficients: dict[str, Any],
+        clip_range_vf: float | th.Tensor | None,
+        target_variance: float,
+        parameters: list[th.nn.Parameter],
+    ) -> dict[str, th.Tensor]:
+        """
+        One minibatch: ascent on the policy, unless it is too far from the behaviour policy already, and on the multiplier.
+
+        :return: Statistics of the minibatch
+        """
+        loss, parts = self._loss(rollout_data, coefficients, clip_range_vf)
+        if self.target_kl is not None and parts["approx_kl"] > 1.5 * self.target_kl:
+            return parts
+        self.policy.optimizer.zero_grad()
+        loss.backward()
+        total_norm, parts["grad_norms"] = clip_gradients(parameters, self.max_grad_norm)
+        step_if_finite(self.policy.optimizer, total_norm)
+        self.dual.step(parts["ratio_variance"], target_variance, self.dual_learning_rate)
+        return parts
+
+    def _tensor_step(
+        self,
+        rollout_data: RolloutBufferSamples,
+        coefficients: dict[str, Any],
+        clip_range_vf: float | th.Tensor | None,
+        target_variance: th.Tensor,
+        learning_rate: th.Tensor,
+        state: FlatState,
+    ) -> dict[str, th.Tensor]:
+        """:meth:`_gradient_step` as one function of tensors without a decision of the host's, to be compiled as a whole."""
+        parameters = list(self.policy.parameters())
+        loss, parts = self._loss(rollout_data, coefficients, clip_range_vf)
+        gradients = th.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
+        with th.no_grad():
+            parts["grad_norms"] = th.stack([th.linalg.vector_norm(gradient) for gradient in gradients])
+            total_norm = th.linalg.vector_norm(parts["grad_norms"])
+            accept = total_norm.isfinite()
+            if self.target_kl is not None:
+                accept &= parts["approx_kl"] <= 1.5 * self.target_kl
+            clip_coef = (self.max_grad_norm / (total_norm + 1e-6)).clamp(max=1.0)
+            group = self.policy.optimizer.param_groups[0]
+            clipped = [gradient * clip_coef for gradient in gradients]
+            adam_step(parameters, clipped, state, learning_rate, group["betas"], group["eps"], accept)
+            # No violation where there is no step
+            ratio_variance = th.where(accept, parts["ratio_variance"], target_variance)
+            self.dual.step(ratio_variance, target_variance, self.dual_learning_rate)
+        return parts
+
     def train(self) -> None:
         """Update the policy on the current rollout: gradient ascent on the policy, dual ascent on the multiplier."""
         self._check_rollout_is_finite()
         # Switch to train mode (this affects batch norm / dropout)
         self.policy.set_training_mode(True)
         self._update_learning_rate(self.policy.optimizer)
-        progress = self._current_progress_remaining
-        self.dual.follow_schedule(progress)
-        target_variance = self.target_variance(progress)  # type: ignore[operator]
+        self.dual.follow_schedule(self._current_progress_remaining)
+        target_variance = self._current_value(self.target_variance)
         clip_range_vf = None if self.clip_range_vf is None else self._current_value(self.clip_range_vf)
         coefficients = self._objective_coefficients()
-        parameters = list(self.policy.parameters())
+        gradient_step: Callable[..., dict[str, th.Tensor]]
+        if self._compiled_step is None:
+            gradient_step = partial(self._gradient_step, parameters=list(self.policy.parameters()))
+        else:
+            learning_rate = th.tensor(self.policy.optimizer.param_groups[0]["lr"], device=self.device)
+            gradient_step = partial(self._compiled_step, learning_rate=learning_rate, state=self._flat_adam_state())
 
         # Tensors until the end of the update: to read one is to wait for the device
         statistics: defaultdict[str, list[th.Tensor]] = defaultdict(list)
         for rollout_data in self._minibatches():
-            loss, parts = self._compute_loss(rollout_data, coefficients, clip_range_vf)
+            parts = gradient_step(rollout_data, coefficients, clip_range_vf, target_variance)
             for name, part in parts.items():
                 statistics[name].append(part)
-
             if self.target_kl is not None and parts["approx_kl"] > 1.5 * self.target_kl:
                 if self.verbose >= 1:
                     print(f"Early stopping at update {self._n_updates} due to reaching max kl")
                 break
 
-            self.policy.optimizer.zero_grad()
-            loss.backward()
-            total_norm, norms = clip_gradients(parameters, self.max_grad_norm)
-            statistics["grad_norms"].append(norms)
-            step_if_finite(self.policy.optimizer, total_norm)
-            self.dual.step(parts["ratio_variance"], target_variance, self.dual_learning_rate)
-
-        if statistics["grad_norms"]:
-            refuse_nonfinite(th.stack(statistics["grad_norms"]))
+        if grad_norms := statistics["grad_norms"]:
+            refuse_nonfinite(th.stack(grad_norms))
         self._log_statistics(statistics)
         if clip_range_vf is not None:
             self.logger.record("train/clip_range_vf", float(clip_range_vf))
         if self.dual.adaptive:
-            self.logger.record("train/target_variance", target_variance)
+            self.logger.record("train/target_variance", float(target_variance))
+
+    def _flat_adam_state(self) -> FlatState:
+        """The optimizer's state in the form that the compiled step takes."""
+        optimizer = self.policy.optimizer
+        state = optimizer.flatten() if isinstance(optimizer, FlatAdam) else None
+        if state is None:
+            raise ValueError(
+                "`compile=True` compiles Adam along with the rest, with `lr`, `betas` and `eps` for options. "
+                f"This policy has {optimizer}: pass `compile=False`, or leave `optimizer_class` and its other options out."
+            )
+        return state
 
     def _check_rollout_is_finite(self) -> None:
         """A NaN reward must be refused before the update: SB3 notices it only once the weights are lost (GH issue #1593)."""
@@ -421,7 +488,7 @@ class R2VPO(OnPolicyAlgorithm):
             self.logger.record(f"train/{name}", float(coefficient))
 
     def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "_compute_loss"]
+        return [*super()._excluded_save_params(), "_compiled_step"]
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         state_dicts, tensors = super()._get_torch_save_params()
