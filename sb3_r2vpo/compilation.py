@@ -30,7 +30,8 @@ def compiled(function: Callable[P, T]) -> Callable[P, T]:
     @wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> T:
         try:
-            with config.patch(trace_autograd_ops=True):
+            # Each model of a process is compiled for itself; beyond the limit, code would silently no longer be compiled
+            with config.patch(trace_autograd_ops=True, recompile_limit=64):
                 return compiled_function(*args, **kwargs)
         except BackendCompilerFailed as error:
             raise RuntimeError(

@@ -11,7 +11,10 @@ _PLAIN_OPTIONS = ["amsgrad", "capturable", "decoupled_weight_decay", "differenti
 
 
 class FlatState(NamedTuple):
-    """Adam's state for all parameters together, and the views of it that belong to each."""
+    """Adam's constants, its state for all parameters together, and the views of it that belong to each."""
+
+    betas: tuple[float, float]
+    eps: float
 
     #: Number of steps, once for each parameter
     step: th.Tensor
@@ -59,12 +62,12 @@ class FlatAdam(th.optim.Adam):
             self._flat = None
             return super().step(closure)
 
-        beta1, beta2 = group["betas"]
+        beta1, beta2 = flat.betas
         step = flat.step.add_(1)[0].item()
         gradient = _flatten_dense_tensors(gradients)
         flat.exp_avg.lerp_(gradient, 1 - beta1)
         flat.exp_avg_sq.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-        th.sqrt(flat.exp_avg_sq, out=flat.denominator).div_((1 - beta2**step) ** 0.5).add_(group["eps"])
+        th.sqrt(flat.exp_avg_sq, out=flat.denominator).div_((1 - beta2**step) ** 0.5).add_(flat.eps)
         # The parameters themselves stay separate tensors: nobody expects those of a module to share memory
         step_size = group["lr"] / (1 - beta1**step)
         th._foreach_addcdiv_(group["params"], flat.exp_avgs, flat.denominators, -step_size)
@@ -100,7 +103,7 @@ class FlatAdam(th.optim.Adam):
         )
         for state, *views in zip(states, step, exp_avgs, exp_avg_sqs, strict=True):
             state["step"], state["exp_avg"], state["exp_avg_sq"] = views
-        self._flat = FlatState(step, exp_avg, exp_avg_sq, denominator, exp_avgs, denominators)
+        self._flat = FlatState(group["betas"], group["eps"], step, exp_avg, exp_avg_sq, denominator, exp_avgs, denominators)
         return self._flat
 
 
@@ -109,8 +112,6 @@ def adam_step(
     gradients: Sequence[th.Tensor],
     state: FlatState,
     learning_rate: th.Tensor,
-    betas: tuple[float, float],
-    eps: float,
     accept: th.Tensor,
 ) -> None:
     """
@@ -120,16 +121,14 @@ def adam_step(
     :param gradients: One for each
     :param state: Changed in place
     :param learning_rate: A scalar
-    :param betas: Adam's
-    :param eps: Adam's
     :param accept: A boolean scalar: if false, nothing changes, whatever the gradients are
     """
     gradient = th.where(accept, th.cat([gradient.flatten() for gradient in gradients]), 0.0)
     state.step.add_(accept)
-    step, (beta1, beta2) = state.step[0], betas
+    step, (beta1, beta2) = state.step[0], state.betas
     state.exp_avg.lerp_(gradient, th.where(accept, 1 - beta1, 0.0))
     state.exp_avg_sq.lerp_(gradient.square(), th.where(accept, 1 - beta2, 0.0))
-    denominator = (state.exp_avg_sq / (1 - beta2**step)).sqrt() + eps
+    denominator = (state.exp_avg_sq / (1 - beta2**step)).sqrt() + state.eps
     change = th.where(accept, learning_rate / (1 - beta1**step) * state.exp_avg / denominator, 0.0)
     sizes = [parameter.numel() for parameter in parameters]
     for parameter, part in zip(parameters, change.split(sizes), strict=True):

@@ -381,9 +381,7 @@ class R2VPO(OnPolicyAlgorithm):
             if self.target_kl is not None:
                 accept &= parts["approx_kl"] <= 1.5 * self.target_kl
             clip_coef = (self.max_grad_norm / (total_norm + 1e-6)).clamp(max=1.0)
-            group = self.policy.optimizer.param_groups[0]
-            clipped = [gradient * clip_coef for gradient in gradients]
-            adam_step(parameters, clipped, state, learning_rate, group["betas"], group["eps"], accept)
+            adam_step(parameters, [gradient * clip_coef for gradient in gradients], state, learning_rate, accept)
             # No violation where there is no step
             ratio_variance = th.where(accept, parts["ratio_variance"], target_variance)
             self.dual.step(ratio_variance, target_variance, self.dual_learning_rate)
