@@ -52,12 +52,13 @@ def evaluate_actions(policy: ActorCriticPolicy, observations: PyTorchObs, action
     :param actions: The actions to evaluate
     :return: values, log-probabilities and (if it has a closed form) entropy, as ``policy`` returns them
     """
-    overrides = [
-        name
-        for name in ("evaluate_actions", "_get_action_dist_from_latent")
-        if getattr(type(policy), name) is not getattr(ActorCriticPolicy, name)
-    ]
-    if overrides or type(policy.action_dist) not in (DiagGaussianDistribution, CategoricalDistribution):
+    is_gaussian = type(policy.action_dist) is DiagGaussianDistribution
+    is_usual = (
+        (is_gaussian or type(policy.action_dist) is CategoricalDistribution)
+        and type(policy).evaluate_actions is ActorCriticPolicy.evaluate_actions
+        and type(policy)._get_action_dist_from_latent is ActorCriticPolicy._get_action_dist_from_latent
+    )
+    if not is_usual:
         return policy.evaluate_actions(observations, actions)
 
     features = policy.extract_features(observations)
@@ -68,6 +69,5 @@ def evaluate_actions(policy: ActorCriticPolicy, observations: PyTorchObs, action
         latent_pi = policy.mlp_extractor.forward_actor(pi_features)
         latent_vf = policy.mlp_extractor.forward_critic(vf_features)
     outputs = policy.action_net(latent_pi)
-    is_gaussian = type(policy.action_dist) is DiagGaussianDistribution
     log_prob, entropy = gaussian(outputs, policy.log_std, actions) if is_gaussian else categorical(outputs, actions)
     return policy.value_net(latent_vf), log_prob, entropy

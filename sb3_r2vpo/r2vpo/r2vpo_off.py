@@ -146,7 +146,8 @@ class R2VPOOff(R2VPO):
     def _update_info_buffer(self, infos: list[dict[str, Any]], dones: np.ndarray | None = None) -> None:
         """Called at each step before SB3 adds the bootstrapped value to the rewards: note where that is going to happen."""
         super()._update_info_buffer(infos, dones)
-        for idx, info in enumerate(infos):
+        for idx in np.flatnonzero(dones).tolist():  # type: ignore[arg-type]
+            info = infos[idx]
             if info.get("terminal_observation") is not None and info.get("TimeLimit.truncated", False):
                 self._timeouts.append(self.rollout_buffer.pos, idx, info["terminal_observation"])
 
