@@ -15,7 +15,6 @@ class FlatState(NamedTuple):
 
     betas: tuple[float, float]
     eps: float
-
     #: Number of steps, once for each parameter
     step: th.Tensor
     exp_avg: th.Tensor
@@ -62,12 +61,12 @@ class FlatAdam(th.optim.Adam):
             self._flat = None
             return super().step(closure)
 
-        beta1, beta2 = flat.betas
+        beta1, beta2 = group["betas"]
         step = flat.step.add_(1)[0].item()
         gradient = _flatten_dense_tensors(gradients)
         flat.exp_avg.lerp_(gradient, 1 - beta1)
         flat.exp_avg_sq.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-        th.sqrt(flat.exp_avg_sq, out=flat.denominator).div_((1 - beta2**step) ** 0.5).add_(flat.eps)
+        th.sqrt(flat.exp_avg_sq, out=flat.denominator).div_((1 - beta2**step) ** 0.5).add_(group["eps"])
         # The parameters themselves stay separate tensors: nobody expects those of a module to share memory
         step_size = group["lr"] / (1 - beta1**step)
         th._foreach_addcdiv_(group["params"], flat.exp_avgs, flat.denominators, -step_size)
