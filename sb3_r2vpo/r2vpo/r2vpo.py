@@ -101,8 +101,9 @@ class R2VPO(OnPolicyAlgorithm):
         Setting it to auto, the code will be run on the GPU if possible.
     :param compile: Whether to compile a minibatch's whole step with ``torch.compile``. Updates of small networks then take
         about a third of the time; results agree with those of ``False`` up to rounding. It needs PyTorch 2.11, Adam as the
-        optimizer, and a C++ compiler, or Triton on a GPU. The first update takes half a minute longer, less once the compiler's
-        cache is warm. Where the policy keeps distribution objects (gSDE, MultiDiscrete, MultiBinary), only parts are compiled.
+        optimizer, and a C++ compiler, or Triton on a GPU. The first update takes half a minute longer, less once the
+        compiler's cache is warm. Where the policy keeps distribution objects (gSDE, MultiDiscrete, MultiBinary), only parts
+        are compiled.
     :param _init_setup_model: Whether or not to build the network at the creation of the instance
     :raises ValueError: A coefficient is out of its range, or the objective or one of its coefficients is unknown.
     :raises AssertionError: As SB3's PPO: a batch of one with normalised advantages, an unsupported action space.
