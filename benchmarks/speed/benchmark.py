@@ -13,7 +13,6 @@ import csv
 import json
 import os
 import platform
-import resource
 import subprocess
 import sys
 import time
@@ -285,7 +284,7 @@ def collection_table(rounds: int = 6) -> list[dict[str, Any]]:
 
 
 def scaling_table(rounds: int = 5) -> list[dict[str, Any]]:
-    """Cost of an update against the size of the rollout and of the replay: time a step must not grow."""
+    """Cost of an update against the size of the rollout and of the replay, a step and epoch."""
     rows = []
     variants = [("R2VPO", steps, 1) for steps in (1024, 4096, 16384)]
     variants += [("R2VPOOff", 4096, capacity) for capacity in (1, 2, 4, 8)]
@@ -318,7 +317,7 @@ def scaling_table(rounds: int = 5) -> list[dict[str, Any]]:
 
 
 def memory_table() -> list[dict[str, Any]]:
-    """Peak resident memory of a process that trains two rollouts, MLP 64x64."""
+    """Peak resident memory of a process that trains on a rollout or two, MLP 64x64."""
     rows = []
     for arm in ("SB3 PPO", "TRPO", "R2VPO", "R2VPO, compiled", "R2VPOOff"):
         output = subprocess.run([sys.executable, __file__, "--memory", arm], capture_output=True, text=True, check=True).stdout
@@ -365,7 +364,9 @@ def main() -> None:
         return serve(arguments.serve)
     if arguments.memory:
         make_update(arguments.memory, "MLP 64x64, batch 64")
-        return print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+        # Not `getrusage`, whose peak a process inherits from the one that started it
+        status = Path("/proc/self/status").read_text()
+        return print(status.split("VmHWM:")[1].split()[0])
 
     if not arguments.sbx_python:
         print("sbx is left out: pass --sbx-python to time it")
