@@ -5,6 +5,7 @@ It prints the return before and after, and leaves the model, a learning curve an
 """
 
 import argparse
+import warnings
 from pathlib import Path
 
 import gymnasium as gym
@@ -17,6 +18,7 @@ from matplotlib import pyplot as plt
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.results_plotter import window_func
+from stable_baselines3.common.utils import LinearSchedule
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecMonitor, VecNormalize, VecVideoRecorder
 
 from sb3_r2vpo import R2VPO
@@ -26,9 +28,9 @@ ENV_ID = "dm_control/cartpole-swingup-v0"
 
 
 def make_training_envs(n_envs: int, seed: int) -> VecEnv:
-    """EnvPool where it is installed, else the same task in Python, several times slower."""
+    """EnvPool where it is installed, with episodes at all phases; else the same task in Python, several times slower."""
     try:
-        return EnvPoolVecEnv(ENV_ID, n_envs=n_envs, seed=seed)
+        return EnvPoolVecEnv(ENV_ID, n_envs=n_envs, seed=seed, stagger=True)
     except ImportError as error:
         print(f"{error} Going on without it, more slowly.")
         return DummyVecEnv([lambda: gym.make(ENV_ID)] * n_envs)
@@ -69,7 +71,7 @@ def record_video(model: R2VPO, folder: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--timesteps", type=float, default=3e5, help="environment steps")
+    parser.add_argument("--timesteps", type=float, default=6e5, help="environment steps")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path, default=Path("runs/cartpole-swingup"), help="where the results go")
     args = parser.parse_args()
@@ -77,8 +79,12 @@ def main() -> None:
     # One thread is fastest for small networks
     th.set_num_threads(1)
 
-    envs = VecMonitor(make_training_envs(n_envs=16, seed=args.seed), str(args.folder / "train"))
-    model = R2VPO("MlpPolicy", VecNormalize(envs), n_steps=256, batch_size=256, seed=args.seed, device="cpu")
+    # `EnvPoolVecEnv` has the statistics of `VecMonitor` built in, but not its file
+    warnings.filterwarnings("ignore", message="The environment is already wrapped with a `Monitor`")
+    envs = VecMonitor(make_training_envs(n_envs=32, seed=args.seed), str(args.folder / "train"))
+    learning_rate = LinearSchedule(start=5e-4, end=0.0, end_fraction=1.0)
+    settings = {"n_steps": 128, "batch_size": 512, "learning_rate": learning_rate}
+    model = R2VPO("MlpPolicy", VecNormalize(envs), **settings, seed=args.seed, device="cpu")
 
     before = mean_return(model)
     model.learn(args.timesteps, progress_bar=True)

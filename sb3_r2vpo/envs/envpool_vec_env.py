@@ -11,9 +11,9 @@ from gymnasium import spaces
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env.base_vec_env import VecEnv, VecEnvIndices, VecEnvStepReturn
 
-from sb3_r2vpo.envs.dm_control import DM_CONTROL_IDS
+from sb3_r2vpo.envs.dm_control import DM_CONTROL_IDS, MAX_EPISODE_STEPS
 
-# EnvPool gives the tasks of a domain one common set of keys, and fills with zeros what the task does not observe.
+# EnvPool gives all tasks of a domain the same keys: those that a task does not observe, mostly zeros, are left out.
 _DOG = ("ball_state", "target_position")
 _HUMANOID = ("position",)
 _QUADRUPED = ("ball_state", "origin", "rangefinder", "target_position")
@@ -62,10 +62,11 @@ class EnvPoolVecEnv(VecEnv):
     generators differ, but of the same distribution. As everywhere in SB3, `seed()` acts at the next `reset()`; as
     EnvPool takes seeds at construction only, that `reset()` builds the pool anew (40 ms an environment for walker).
 
-    Two differences remain. EnvPool 1.2.5 contains MuJoCo 3.6; under dm_control with MuJoCo 3.7 or later, two capsules
-    in contact move differently (the finger on its spinner, the humanoid against itself). And where dm_control raises
-    `PhysicsError` because the simulation diverged, for instance on NaN actions, MuJoCo here prints a warning and goes
-    on: `VecCheckNan` finds such actions.
+    Equality is tested transition by transition, for all domains but dog, humanoid_CMU, lqr, manipulator, quadruped,
+    stacker and swimmer. Two differences are known. EnvPool 1.2.5 contains MuJoCo 3.6; under dm_control with MuJoCo 3.7
+    or later, two capsules in contact move differently (the finger on its spinner, the humanoid against itself). And
+    where dm_control raises `PhysicsError` because the simulation diverged, for instance on NaN actions, MuJoCo here
+    prints a warning and goes on: `VecCheckNan` finds such actions.
 
     Frames, videos and the physics itself are for `gym.make(env_id, render_mode="rgb_array")`.
 
@@ -73,13 +74,24 @@ class EnvPoolVecEnv(VecEnv):
     :param n_envs: Number of environments. EnvPool's speed comes with tens of them.
     :param seed: Seed of the first environment. None draws it from NumPy's global generator, as `VecEnv.seed` does.
     :param num_threads: Number of threads. None is EnvPool's own choice, one per CPU and at most `n_envs`.
+    :param stagger: Whether to cut off the first episodes at evenly spaced lengths, so that from then on the environments
+        are spread over all phases of an episode (as `init_at_random_ep_len` of rsl_rl does). Without it, all episodes of a
+        task with a time limit begin and end at the same step, and a rollout of 128 steps shows one phase of the task only:
+        on-policy learners then forget the others. It is meant for training; the default is dm_control's own episodes.
     :raises ValueError: When the id is unknown, or a number is out of range
     :raises ImportError: When EnvPool is not installed
     """
 
     _no_python_objects = "EnvPool's environments are not Python objects. Use `gym.make(env_id)` and a `DummyVecEnv`."
 
-    def __init__(self, env_id: str, n_envs: int = 1, seed: int | None = None, num_threads: int | None = None):
+    def __init__(
+        self,
+        env_id: str,
+        n_envs: int = 1,
+        seed: int | None = None,
+        num_threads: int | None = None,
+        stagger: bool = False,
+    ):
         if env_id not in DM_CONTROL_IDS:
             matches = difflib.get_close_matches(env_id, DM_CONTROL_IDS, n=5)
             raise ValueError(
@@ -114,6 +126,8 @@ class EnvPoolVecEnv(VecEnv):
         self._make_pool = partial(envpool.make_gymnasium, envpool_id, num_envs=n_envs, num_threads=num_threads or 0)
         self._start_time = time.time()
         self._returns = np.zeros(n_envs)
+        self._stagger = stagger
+        self._first_limits = np.zeros(n_envs)
         self.seed(seed)
 
     def reset(self) -> np.ndarray:
@@ -128,6 +142,8 @@ class EnvPoolVecEnv(VecEnv):
             self._reset_seeds()
         obs, _ = self._pool.reset()
         self._returns[:] = 0
+        if self._stagger:
+            self._first_limits = np.ceil(np.arange(1, self.num_envs + 1) * MAX_EPISODE_STEPS / self.num_envs)
         return self._flatten(obs)
 
     def step_async(self, actions: np.ndarray) -> None:
@@ -153,6 +169,9 @@ class EnvPoolVecEnv(VecEnv):
         if self._rewards_of is not None:
             rewards = self._rewards_of(obs)
         observations = self._flatten(obs)
+        if self._stagger:
+            # The last environment's limit is the task's own: by then all have begun their second episode
+            truncated = truncated | (info["elapsed_step"] == self._first_limits)
         dones = terminated | truncated
         infos: list[dict[str, Any]] = [{} for _ in range(self.num_envs)]
         self._returns += rewards
@@ -172,6 +191,7 @@ class EnvPoolVecEnv(VecEnv):
             obs, _ = self._pool.reset(finished.astype(np.int32))
             observations[finished] = self._flatten(obs)
             self._returns[finished] = 0
+            self._first_limits[finished] = 0
         return observations, rewards, dones, infos
 
     def close(self) -> None:

@@ -134,6 +134,8 @@ class ExperimentManager(ZooExperimentManager):
                 make_envpool,
                 env_id=self.env_name.gym_id,
                 seed=self.seed,
+                # Evaluations are of whole episodes
+                stagger=not eval_env,
                 monitor_path=None if eval_env or no_log else os.path.join(self.save_path, "0"),
             )
         return super().create_envs(n_envs, eval_env, no_log)
@@ -173,13 +175,14 @@ class ExperimentManager(ZooExperimentManager):
             plot_study(self._load_study(), Path(self.log_path))
 
 
-def make_envpool(env_fns: list[Callable], env_id: str, seed: int, monitor_path: str | None) -> VecEnv:
+def make_envpool(env_fns: list[Callable], env_id: str, seed: int, stagger: bool, monitor_path: str | None) -> VecEnv:
     """
     Environments stepped by EnvPool, in the shape of a ``VecEnv`` class's constructor.
 
     :param env_fns: A function for each environment
     :param env_id: The environment
     :param seed: Seed of the environments
+    :param stagger: Whether their episodes are to be at different phases, see :class:`~sb3_r2vpo.envs.EnvPoolVecEnv`
     :param monitor_path: Where to log episodes, in place of the ``Monitor`` around each environment
     """
     from sb3_r2vpo.envs import EnvPoolVecEnv
@@ -188,4 +191,4 @@ def make_envpool(env_fns: list[Callable], env_id: str, seed: int, monitor_path: 
         # It has the statistics already, but SB3 copies normalization statistics between environments of equal wrappers only,
         # so that evaluations get the wrapper that training needs for its file
         warnings.filterwarnings("ignore", message="The environment is already wrapped with a `Monitor`")
-        return VecMonitor(EnvPoolVecEnv(env_id, len(env_fns), seed=seed), filename=monitor_path)
+        return VecMonitor(EnvPoolVecEnv(env_id, len(env_fns), seed=seed, stagger=stagger), filename=monitor_path)
