@@ -77,7 +77,7 @@ class DualVariable(nn.Module):
         self.value.fill_(max(0.0, value))
 
     @th.no_grad()
-    def step(self, ratio_variance: th.Tensor, target_variance: float, learning_rate: float) -> None:
+    def step(self, ratio_variance: th.Tensor, target_variance: float | th.Tensor, learning_rate: float) -> None:
         """
         One step of dual ascent, Eq. 10: ``lambda <- max(0, lambda + eta (V - epsilon))``; a fixed multiplier is left as it is.
 

@@ -58,15 +58,16 @@ def ratio_minus_one(log_ratio: th.Tensor) -> th.Tensor:
 
 
 @th.no_grad()
-def ratio_statistics(log_ratio: th.Tensor) -> dict[str, th.Tensor]:
+def ratio_statistics(log_ratio: th.Tensor, deviation: th.Tensor | None = None) -> dict[str, th.Tensor]:
     """
     What every objective reports of its ratios, detached, one value per sample.
 
     :param log_ratio: Any shape.
+    :param deviation: Its :func:`ratio_minus_one`, if that has been computed.
     :return: ``ratio``, ``ratio_variance`` = ``(rho - 1)^2`` and ``approx_kl`` = ``rho - 1 - log rho``
         (http://joschu.net/blog/kl-approx.html).
     """
-    deviation = ratio_minus_one(log_ratio)
+    deviation = ratio_minus_one(log_ratio) if deviation is None else deviation
     return {"ratio": deviation + 1.0, "ratio_variance": deviation.square(), "approx_kl": deviation - log_ratio}
 
 
@@ -86,7 +87,7 @@ def r2vpo(
     """
     deviation = ratio_minus_one(log_ratio)
     loss = -(deviation + 1.0) * advantages + var_coef * deviation.square()
-    return loss, ratio_statistics(log_ratio)
+    return loss, ratio_statistics(log_ratio, deviation)
 
 
 def clip_higher(
@@ -181,7 +182,7 @@ def exact_kl(
     """
     deviation = ratio_minus_one(log_ratio)
     loss = -(deviation + 1.0) * advantages + kl_coef * (deviation - log_ratio)
-    return loss, ratio_statistics(log_ratio)
+    return loss, ratio_statistics(log_ratio, deviation)
 
 
 def spo(log_ratio: th.Tensor, advantages: th.Tensor, *, clip_range: float = 0.2) -> tuple[th.Tensor, dict[str, th.Tensor]]:

@@ -2,29 +2,15 @@
 
 from collections import deque
 from collections.abc import Iterator
-from copy import copy
-from typing import Any
 
 import numpy as np
 import torch as th
 from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.type_aliases import RolloutBufferSamples
 
+from sb3_r2vpo.minibatches import flatten, rollout_tensors, shuffled_minibatches, split
+
 Observation = np.ndarray | dict[str, np.ndarray]
-
-
-def _flatten(array: Observation) -> Observation:
-    """From (n_steps, n_envs, ...) to (n_envs * n_steps, ...), the order of ``RolloutBuffer.get``; for each key of a dict."""
-    if isinstance(array, dict):
-        return {key: RolloutBuffer.swap_and_flatten(value) for key, value in array.items()}
-    return RolloutBuffer.swap_and_flatten(array)
-
-
-def _concatenate(fields: tuple[Any, ...]) -> Any:
-    """Join one field of several samples: tensors, or dicts of tensors."""
-    if isinstance(fields[0], dict):
-        return {key: th.cat([field[key] for field in fields]) for key in fields[0]}
-    return th.cat(fields)
 
 
 class Timeouts:
@@ -78,25 +64,24 @@ class StoredRollout:
     def __init__(
         self, rollout_buffer: RolloutBuffer, last_obs: Observation, last_dones: np.ndarray, timeouts: Timeouts
     ) -> None:
-        self.buffer = copy(rollout_buffer)
+        self.buffer = flatten(rollout_buffer)
         self.last_obs = last_obs
         self.last_dones = last_dones
         self.timeouts = timeouts
-        for name in ("observations", "actions", "log_probs", "values", "advantages", "returns"):
-            setattr(self.buffer, name, _flatten(getattr(self.buffer, name)))
-        self.buffer.generator_ready = True
 
     def __len__(self) -> int:
         return self.buffer.buffer_size * self.buffer.n_envs
+
+    def tensors(self) -> RolloutBufferSamples:
+        """:return: All steps in sampling order; on the CPU, observations and actions are not copied"""
+        return rollout_tensors(self.buffer)
 
     def batches(self, batch_size: int) -> Iterator[RolloutBufferSamples]:
         """
         :param batch_size: Steps in a batch; the last one may be smaller
         :return: The whole rollout in sampling order, unshuffled
         """
-        indices = np.arange(len(self))
-        for start in range(0, len(self), batch_size):
-            yield self.buffer._get_samples(indices[start : start + batch_size])
+        return split(self.tensors(), batch_size)
 
     def update_values(self, values: np.ndarray, timeout_values: np.ndarray, last_values: th.Tensor) -> None:
         """
@@ -114,7 +99,7 @@ class StoredRollout:
         buffer.advantages = np.empty_like(buffer.rewards)
         buffer.compute_returns_and_advantage(last_values=last_values, dones=self.last_dones)
         for name in ("values", "advantages", "returns"):
-            setattr(buffer, name, _flatten(getattr(buffer, name)))
+            setattr(buffer, name, RolloutBuffer.swap_and_flatten(getattr(buffer, name)))
 
 
 class RolloutReplayBuffer:
@@ -158,18 +143,4 @@ class RolloutReplayBuffer:
         :param batch_size: Steps in a minibatch; the last one may be smaller
         :return: Minibatches, each uniform over the whole buffer
         """
-        ends = np.cumsum([len(rollout) for rollout in self.rollouts])
-        indices = np.random.permutation(ends[-1])
-        for start in range(0, len(indices), batch_size):
-            yield self._get_samples(indices[start : start + batch_size], ends)
-
-    def _get_samples(self, indices: np.ndarray, ends: np.ndarray) -> RolloutBufferSamples:
-        owners = np.searchsorted(ends, indices, side="right")
-        parts = [
-            rollout.buffer._get_samples(indices[owners == number] - (end - len(rollout)))
-            for number, (rollout, end) in enumerate(zip(self.rollouts, ends, strict=True))
-            if (owners == number).any()
-        ]
-        if len(parts) == 1:
-            return parts[0]
-        return type(parts[0])(*(_concatenate(fields) for fields in zip(*parts, strict=True)))
+        return shuffled_minibatches([rollout.tensors() for rollout in self.rollouts], batch_size)

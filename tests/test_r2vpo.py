@@ -17,6 +17,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv
 from sb3_r2vpo import R2VPO, R2VPOOff
 from sb3_r2vpo.dual import DEFAULT_INITIAL_VAR_COEF
 from sb3_r2vpo.objectives import OBJECTIVES
+from sb3_r2vpo.optim import clip_gradients
 
 ALGORITHMS = [R2VPO, R2VPOOff]
 SMALL = {"n_steps": 32, "batch_size": 16, "n_epochs": 2, "seed": 0, "device": "cpu"}
@@ -251,7 +252,8 @@ def test_gradient_norms_are_those_that_get_clipped():
     model = R2VPO("MlpPolicy", "Pendulum-v1", **SMALL)
     for parameter in model.policy.parameters():
         parameter.grad = th.randn_like(parameter)
-    norms = model._gradient_norms()
+    _, norms_by_parameter = clip_gradients(model.policy.parameters(), max_norm=math.inf)
+    norms = model._gradient_norms(norms_by_parameter)
     total = th.nn.utils.get_total_norm([p.grad for p in model.policy.parameters()])
     th.testing.assert_close((norms["policy_grad_norm"] ** 2 + norms["value_grad_norm"] ** 2).sqrt(), total)
     critic = [*model.policy.mlp_extractor.value_net.parameters(), *model.policy.value_net.parameters()]

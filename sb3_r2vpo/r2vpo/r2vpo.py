@@ -4,7 +4,8 @@ import inspect
 import math
 import warnings
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from numbers import Real
 from typing import Any, ClassVar, TypeVar
 
@@ -12,15 +13,27 @@ import numpy as np
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.base_class import BaseAlgorithm
-from stable_baselines3.common.buffers import RolloutBuffer
+from stable_baselines3.common.buffers import DictRolloutBuffer, RolloutBuffer
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, RolloutBufferSamples, Schedule
 from stable_baselines3.common.utils import FloatSchedule, explained_variance
 from torch.nn import functional as F
 
+from sb3_r2vpo.compilation import compiled
 from sb3_r2vpo.dual import DualVariable
-from sb3_r2vpo.objectives import OBJECTIVES
+from sb3_r2vpo.minibatches import rollout_tensors, shuffled_minibatches
+from sb3_r2vpo.objectives import OBJECTIVES, ratio_statistics
+from sb3_r2vpo.optim import (
+    FlatAdam,
+    FlatState,
+    adam_step,
+    clip_gradients,
+    refuse_nonfinite,
+    step_if_finite,
+    with_fewer_operations,
+)
+from sb3_r2vpo.r2vpo.evaluation import evaluate_actions
 from sb3_r2vpo.r2vpo.policies import CnnPolicy, MlpPolicy, MultiInputPolicy
 
 SelfR2VPO = TypeVar("SelfR2VPO", bound="R2VPO")
@@ -86,6 +99,11 @@ class R2VPO(OnPolicyAlgorithm):
     :param seed: Seed for the pseudo random generators
     :param device: Device (cpu, cuda, ...) on which the code should be run.
         Setting it to auto, the code will be run on the GPU if possible.
+    :param compile: Whether to compile a minibatch's whole step with ``torch.compile``. Updates of small networks then take
+        about a third of the time; results agree with those of ``False`` up to rounding. It needs PyTorch 2.11, Adam as the
+        optimizer, and a C++ compiler, or Triton on a GPU. The first update takes half a minute longer, less once the
+        compiler's cache is warm. Where the policy keeps distribution objects (gSDE, MultiDiscrete, MultiBinary), only parts
+        are compiled.
     :param _init_setup_model: Whether or not to build the network at the creation of the instance
     :raises ValueError: A coefficient is out of its range, or the objective or one of its coefficients is unknown.
     :raises AssertionError: As SB3's PPO: a batch of one with normalised advantages, an unsupported action space.
@@ -128,6 +146,7 @@ class R2VPO(OnPolicyAlgorithm):
         verbose: int = 0,
         seed: int | None = None,
         device: th.device | str = "auto",
+        compile: bool = False,
         _init_setup_model: bool = True,
     ) -> None:
         super().__init__(
@@ -168,6 +187,7 @@ class R2VPO(OnPolicyAlgorithm):
         self.clip_range_vf = clip_range_vf
         self.normalize_advantage = normalize_advantage
         self.target_kl = target_kl
+        self.compile = compile
 
         if self.env is not None:
             self._check_batch_size(self.env.num_envs)
@@ -201,6 +221,10 @@ class R2VPO(OnPolicyAlgorithm):
         dual = DualVariable(self.var_coef)
         super()._setup_model()
         self.dual = dual.to(self.device)
+        self.policy.optimizer = with_fewer_operations(self.policy.optimizer, flat=self.compile)
+        if self.compile:
+            self._flat_adam_state()
+        self._compiled_step = compiled(self._tensor_step) if self.compile else None
 
         # `load()` calls this method again on what it has restored: wrapping a `FloatSchedule` once more is harmless
         self.target_variance = FloatSchedule(self.target_variance)
@@ -239,14 +263,23 @@ class R2VPO(OnPolicyAlgorithm):
         """The coefficients that the objective takes, at the current progress of training."""
         if self.objective == "r2vpo":
             return {"var_coef": self.dual.value}
-        progress = self._current_progress_remaining
-        return {name: FloatSchedule(value)(progress) for name, value in (self.objective_kwargs or {}).items()}
+        return {name: self._current_value(value) for name, value in (self.objective_kwargs or {}).items()}
+
+    def _current_value(self, schedule: float | Schedule) -> float | th.Tensor:
+        """The value of a coefficient at the current progress of training."""
+        value = FloatSchedule(schedule)(self._current_progress_remaining)
+        # A number would be a constant of the compiled code, and each value of a schedule would compile it anew
+        return th.tensor(value, device=self.device) if self.compile else value
 
     def _minibatches(self) -> Iterator[RolloutBufferSamples]:
         """The minibatches of one update, in order: ``n_epochs`` shuffled passes over the rollout."""
+        draw = self.rollout_buffer.get
+        # A class of the user's may do as it likes in `get`
+        if type(self.rollout_buffer) in (RolloutBuffer, DictRolloutBuffer):
+            draw = partial(shuffled_minibatches, [rollout_tensors(self.rollout_buffer)])  # type: ignore[assignment]
         for _ in range(self.n_epochs):
             self._n_updates += 1
-            yield from self.rollout_buffer.get(self.batch_size)
+            yield from draw(self.batch_size)
 
     def _evaluate_actions(self, rollout_data: RolloutBufferSamples) -> tuple[th.Tensor, th.Tensor, th.Tensor | None]:
         """
@@ -259,8 +292,102 @@ class R2VPO(OnPolicyAlgorithm):
         if isinstance(self.action_space, spaces.Discrete):
             # Convert discrete action from float to long
             actions = actions.long().flatten()
-        values, log_prob, entropy = self.policy.evaluate_actions(rollout_data.observations, actions)
+        values, log_prob, entropy = evaluate_actions(self.policy, rollout_data.observations, actions)
         return values.flatten(), log_prob, entropy
+
+    def _loss(
+        self, rollout_data: RolloutBufferSamples, coefficients: dict[str, Any], clip_range_vf: float | th.Tensor | None
+    ) -> tuple[th.Tensor, dict[str, th.Tensor]]:
+        """
+        The loss of a minibatch: tensors in, tensors out, so that it can be compiled.
+
+        :param rollout_data: A minibatch
+        :param coefficients: The objective's, by their names
+        :param clip_range_vf: Clipping parameter for the value function, ``None`` for no clipping
+        :return: The loss and, detached, what it is made of
+        """
+        values, log_prob, entropy = self._evaluate_actions(rollout_data)
+        advantages = rollout_data.advantages
+        # Normalization does not make sense if mini batchsize == 1, see SB3's GH issue #325
+        if self.normalize_advantage and len(advantages) > 1:
+            advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
+
+        log_ratio = log_prob - rollout_data.old_log_prob
+        losses, ratio_stats = OBJECTIVES[self.objective](log_ratio, advantages, **coefficients)
+        loss = policy_loss = losses.mean()
+
+        # Entropy favors exploration; -log_prob estimates it where there is no closed form
+        entropy_loss = -th.mean(-log_prob if entropy is None else entropy)
+        if self.ent_coef != 0:
+            loss = loss + self.ent_coef * entropy_loss
+
+        if clip_range_vf is not None:
+            # Clip the difference between old and new value; NOTE: this depends on the reward scaling
+            old_values = rollout_data.old_values
+            values = old_values + th.clamp(values - old_values, -clip_range_vf, clip_range_vf)  # type: ignore[arg-type]
+        # Value loss using the TD(gae_lambda) target
+        value_loss = F.mse_loss(rollout_data.returns, values)
+        loss = loss + self.vf_coef * value_loss
+
+        parts = {
+            "log_ratio": log_ratio,
+            "ratio_variance": ratio_stats["ratio_variance"].mean(),
+            "approx_kl": ratio_stats["approx_kl"].mean(),
+            "policy_gradient_loss": policy_loss,
+            "value_loss": value_loss,
+            "entropy_loss": entropy_loss,
+            "loss": loss,
+        }
+        return loss, {name: part.detach() for name, part in parts.items()}
+
+    def _gradient_step(
+        self,
+        rollout_data: RolloutBufferSamples,
+        coefficients: dict[str, Any],
+        clip_range_vf: float | th.Tensor | None,
+        target_variance: float,
+        parameters: list[th.nn.Parameter],
+    ) -> dict[str, th.Tensor]:
+        """
+        One minibatch: ascent on the policy, unless it is too far from the behaviour policy already, and on the multiplier.
+
+        :return: Statistics of the minibatch
+        """
+        loss, parts = self._loss(rollout_data, coefficients, clip_range_vf)
+        if self.target_kl is not None and parts["approx_kl"] > 1.5 * self.target_kl:
+            return parts
+        self.policy.optimizer.zero_grad()
+        loss.backward()
+        total_norm, parts["grad_norms"] = clip_gradients(parameters, self.max_grad_norm)
+        step_if_finite(self.policy.optimizer, total_norm)
+        self.dual.step(parts["ratio_variance"], target_variance, self.dual_learning_rate)
+        return parts
+
+    def _tensor_step(
+        self,
+        rollout_data: RolloutBufferSamples,
+        coefficients: dict[str, Any],
+        clip_range_vf: float | th.Tensor | None,
+        target_variance: th.Tensor,
+        learning_rate: th.Tensor,
+        state: FlatState,
+    ) -> dict[str, th.Tensor]:
+        """:meth:`_gradient_step` as one function of tensors without a decision of the host's, to be compiled as a whole."""
+        parameters = list(self.policy.parameters())
+        loss, parts = self._loss(rollout_data, coefficients, clip_range_vf)
+        gradients = th.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
+        with th.no_grad():
+            parts["grad_norms"] = th.stack([th.linalg.vector_norm(gradient) for gradient in gradients])
+            total_norm = th.linalg.vector_norm(parts["grad_norms"])
+            accept = total_norm.isfinite()
+            if self.target_kl is not None:
+                accept &= parts["approx_kl"] <= 1.5 * self.target_kl
+            clip_coef = (self.max_grad_norm / (total_norm + 1e-6)).clamp(max=1.0)
+            adam_step(parameters, [gradient * clip_coef for gradient in gradients], state, learning_rate, accept)
+            # No violation where there is no step
+            ratio_variance = th.where(accept, parts["ratio_variance"], target_variance)
+            self.dual.step(ratio_variance, target_variance, self.dual_learning_rate)
+        return parts
 
     def train(self) -> None:
         """Update the policy on the current rollout: gradient ascent on the policy, dual ascent on the multiplier."""
@@ -268,57 +395,47 @@ class R2VPO(OnPolicyAlgorithm):
         # Switch to train mode (this affects batch norm / dropout)
         self.policy.set_training_mode(True)
         self._update_learning_rate(self.policy.optimizer)
-        progress = self._current_progress_remaining
-        self.dual.follow_schedule(progress)
-        target_variance = self.target_variance(progress)  # type: ignore[operator]
-        clip_range_vf = None if self.clip_range_vf is None else self.clip_range_vf(progress)  # type: ignore[operator]
-        objective, coefficients = OBJECTIVES[self.objective], self._objective_coefficients()
+        self.dual.follow_schedule(self._current_progress_remaining)
+        target_variance = self._current_value(self.target_variance)
+        clip_range_vf = None if self.clip_range_vf is None else self._current_value(self.clip_range_vf)
+        coefficients = self._objective_coefficients()
+        gradient_step: Callable[..., dict[str, th.Tensor]]
+        if self._compiled_step is None:
+            gradient_step = partial(self._gradient_step, parameters=list(self.policy.parameters()))
+        else:
+            learning_rate = th.tensor(self.policy.optimizer.param_groups[0]["lr"], device=self.device)
+            gradient_step = partial(self._compiled_step, learning_rate=learning_rate, state=self._flat_adam_state())
 
+        # Tensors until the end of the update: to read one is to wait for the device
         statistics: defaultdict[str, list[th.Tensor]] = defaultdict(list)
         for rollout_data in self._minibatches():
-            values, log_prob, entropy = self._evaluate_actions(rollout_data)
-            advantages = rollout_data.advantages
-            # Normalization does not make sense if mini batchsize == 1, see SB3's GH issue #325
-            if self.normalize_advantage and len(advantages) > 1:
-                advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
-
-            losses, ratio_stats = objective(log_prob - rollout_data.old_log_prob, advantages, **coefficients)
-            policy_loss = losses.mean()
-
-            if clip_range_vf is not None:
-                # Clip the difference between old and new value; NOTE: this depends on the reward scaling
-                old_values = rollout_data.old_values
-                values = old_values + th.clamp(values - old_values, -clip_range_vf, clip_range_vf)
-            # Value loss using the TD(gae_lambda) target
-            value_loss = F.mse_loss(rollout_data.returns, values)
-            # Entropy favors exploration; -log_prob estimates it where there is no closed form
-            entropy_loss = -th.mean(-log_prob if entropy is None else entropy)
-            loss = policy_loss + self.ent_coef * entropy_loss + self.vf_coef * value_loss
-
-            minibatch_stats = self._summarize_ratios(ratio_stats)
-            losses_by_name = {"policy_gradient_loss": policy_loss, "value_loss": value_loss, "entropy_loss": entropy_loss}
-            for name, value in {**minibatch_stats, **losses_by_name, "loss": loss}.items():
-                statistics[name].append(value.detach())
-
-            if self.target_kl is not None and minibatch_stats["approx_kl"] > 1.5 * self.target_kl:
+            parts = gradient_step(rollout_data, coefficients, clip_range_vf, target_variance)
+            for name, part in parts.items():
+                statistics[name].append(part)
+            if self.target_kl is not None and parts["approx_kl"] > 1.5 * self.target_kl:
                 if self.verbose >= 1:
                     print(f"Early stopping at update {self._n_updates} due to reaching max kl")
                 break
 
-            self.policy.optimizer.zero_grad()
-            loss.backward()
-            for name, norm in self._gradient_norms().items():
-                statistics[name].append(norm)
-            # A NaN or infinite gradient raises here, before it can reach the weights
-            th.nn.utils.clip_grad_norm_(self.policy.parameters(), self.max_grad_norm, error_if_nonfinite=True)
-            self.policy.optimizer.step()
-            self.dual.step(minibatch_stats["ratio_variance"], target_variance, self.dual_learning_rate)
-
+        if grad_norms := statistics["grad_norms"]:
+            refuse_nonfinite(th.stack(grad_norms))
         self._log_statistics(statistics)
         if clip_range_vf is not None:
-            self.logger.record("train/clip_range_vf", clip_range_vf)
+            self.logger.record("train/clip_range_vf", float(clip_range_vf))
         if self.dual.adaptive:
-            self.logger.record("train/target_variance", target_variance)
+            self.logger.record("train/target_variance", float(target_variance))
+
+    def _flat_adam_state(self) -> FlatState:
+        """The optimizer's state in the form that the compiled step takes."""
+        optimizer = self.policy.optimizer
+        state = optimizer.flatten() if isinstance(optimizer, FlatAdam) else None
+        trained = [parameter for parameter in self.policy.parameters() if parameter.requires_grad]
+        if state is None or list(map(id, trained)) != list(map(id, optimizer.param_groups[0]["params"])):
+            raise ValueError(
+                "`compile=True` compiles Adam along with the rest, with `lr`, `betas` and `eps` for options. "
+                f"This policy has {optimizer}, or parameters that it does not train. Pass `compile=False`, or change that."
+            )
+        return state
 
     def _check_rollout_is_finite(self) -> None:
         """A NaN reward must be refused before the update: SB3 notices it only once the weights are lost (GH issue #1593)."""
@@ -329,36 +446,40 @@ class R2VPO(OnPolicyAlgorithm):
                     "Wrap the environment in `stable_baselines3.common.vec_env.VecCheckNan` to find the step it comes from."
                 )
 
-    def _summarize_ratios(self, ratio_stats: dict[str, th.Tensor]) -> dict[str, th.Tensor]:
+    def _summarize_ratios(self, log_ratio: th.Tensor) -> dict[str, th.Tensor]:
         """
-        Reduce an objective's per-sample statistics to one value per minibatch.
+        What the ratios of all minibatches of an update tell, beside their mean variance.
 
-        The effective sample size is Kish's, as a fraction of the minibatch: 1 on-policy, towards 0 if a few ratios dominate.
+        The effective sample size is Kish's, as a fraction of the samples: 1 on-policy, towards 0 if a few ratios dominate.
         """
-        ratio = ratio_stats["ratio"]
+        ratio = ratio_statistics(log_ratio)["ratio"]
         clip_range = self._objective_coefficients().get("clip_range", PPO_CLIP_RANGE)
         return {
-            "approx_kl": ratio_stats["approx_kl"].mean(),
-            "ratio_variance": ratio_stats["ratio_variance"].mean(),
+            # The largest of all: one outlier can dominate an update, and a mean would hide it
             "ratio_max": ratio.max(),
             "ess": ratio.mean().square() / ratio.square().mean(),
             "clip_fraction": ((ratio - 1).abs() > clip_range).float().mean(),
         }
 
-    def _gradient_norms(self) -> dict[str, th.Tensor]:
-        """Norms before clipping of the critic's own gradients, and of all others (a shared feature extractor's included)."""
-        gradients: dict[str, list[th.Tensor]] = {"policy_grad_norm": [], "value_grad_norm": []}
-        for name, parameter in self.policy.named_parameters():
-            if parameter.grad is not None:
-                is_critic = "value_net" in name or name.startswith("vf_features_extractor")
-                gradients["value_grad_norm" if is_critic else "policy_grad_norm"].append(parameter.grad)
-        return {name: th.nn.utils.get_total_norm(group) for name, group in gradients.items()}
+    def _gradient_norms(self, norms: th.Tensor) -> dict[str, th.Tensor]:
+        """
+        :param norms: Those of each parameter's gradient, before clipping, in the last dimension
+        :return: Norms of the critic's own gradients, and of all others (a shared feature extractor's included)
+        """
+        names = [name for name, _ in self.policy.named_parameters()]
+        is_critic = th.tensor(["value_net" in name or name.startswith("vf_features_extractor") for name in names])
+        groups = {"policy_grad_norm": norms[..., ~is_critic], "value_grad_norm": norms[..., is_critic]}
+        return {name: th.linalg.vector_norm(group, dim=-1) for name, group in groups.items()}
 
     def _log_statistics(self, statistics: dict[str, list[th.Tensor]]) -> None:
-        for name, values in statistics.items():
-            stacked = th.stack(values)
-            # The largest ratio of all: one outlier can dominate an update, and a mean would hide it
-            self.logger.record(f"train/{name}", (stacked.max() if name == "ratio_max" else stacked.mean()).item())
+        summary = self._summarize_ratios(th.cat(statistics.pop("log_ratio")))
+        # None if `target_kl` stopped the update before its first step
+        if grad_norms := statistics.pop("grad_norms"):
+            summary |= self._gradient_norms(th.stack(grad_norms))
+        summary |= {name: th.stack(values) for name, values in statistics.items()}
+        means = th.stack([values.mean() for values in summary.values()]).tolist()
+        for name, mean in zip(summary, means, strict=True):
+            self.logger.record(f"train/{name}", mean)
         explained_var = explained_variance(self.rollout_buffer.values.flatten(), self.rollout_buffer.returns.flatten())
         self.logger.record("train/explained_variance", explained_var)
         if hasattr(self.policy, "log_std"):
@@ -366,6 +487,9 @@ class R2VPO(OnPolicyAlgorithm):
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
         for name, coefficient in self._objective_coefficients().items():
             self.logger.record(f"train/{name}", float(coefficient))
+
+    def _excluded_save_params(self) -> list[str]:
+        return [*super()._excluded_save_params(), "_compiled_step"]
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         state_dicts, tensors = super()._get_torch_save_params()

@@ -16,6 +16,7 @@ from stable_baselines3.common.save_util import load_from_pkl, save_to_pkl
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, RolloutBufferSamples, Schedule
 from stable_baselines3.common.utils import obs_as_tensor
 
+from sb3_r2vpo.minibatches import shuffled_minibatches
 from sb3_r2vpo.objectives import ratio_minus_one
 from sb3_r2vpo.r2vpo.r2vpo import R2VPO
 from sb3_r2vpo.rollout_replay import RolloutReplayBuffer, StoredRollout, Timeouts
@@ -84,6 +85,7 @@ class R2VPOOff(R2VPO):
         verbose: int = 0,
         seed: int | None = None,
         device: th.device | str = "auto",
+        compile: bool = False,
         _init_setup_model: bool = True,
     ) -> None:
         super().__init__(
@@ -116,6 +118,7 @@ class R2VPOOff(R2VPO):
             verbose=verbose,
             seed=seed,
             device=device,
+            compile=compile,
             _init_setup_model=False,
         )
         self.replay_capacity = replay_capacity
@@ -143,14 +146,16 @@ class R2VPOOff(R2VPO):
     def _update_info_buffer(self, infos: list[dict[str, Any]], dones: np.ndarray | None = None) -> None:
         """Called at each step before SB3 adds the bootstrapped value to the rewards: note where that is going to happen."""
         super()._update_info_buffer(infos, dones)
-        for idx, info in enumerate(infos):
+        for idx in np.flatnonzero(dones).tolist():  # type: ignore[arg-type]
+            info = infos[idx]
             if info.get("terminal_observation") is not None and info.get("TimeLimit.truncated", False):
                 self._timeouts.append(self.rollout_buffer.pos, idx, info["terminal_observation"])
 
     def _minibatches(self) -> Iterator[RolloutBufferSamples]:
         """The minibatches of one update: ``utd_ratio * n_epochs`` times those of one rollout, from the whole replay buffer."""
         per_epoch = math.ceil(self.rollout_buffer.buffer_size * self.n_envs / self.batch_size)
-        minibatches = chain.from_iterable(self.replay_buffer.get(self.batch_size) for _ in repeat(None))
+        rollouts = [rollout.tensors() for rollout in self.replay_buffer.rollouts]
+        minibatches = chain.from_iterable(shuffled_minibatches(rollouts, self.batch_size) for _ in repeat(None))
         for _ in range(max(1, round(self.utd_ratio * self.n_epochs))):
             self._n_updates += 1
             yield from islice(minibatches, per_epoch)

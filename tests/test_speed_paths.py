@@ -1,0 +1,356 @@
+"""The fast paths against the plain ones that they stand for."""
+
+import copy
+import math
+import shutil
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch as th
+from gymnasium import spaces
+from stable_baselines3 import PPO
+from stable_baselines3.common.buffers import DictRolloutBuffer, RolloutBuffer
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.utils import LinearSchedule
+
+from sb3_r2vpo import R2VPO, R2VPOOff
+from sb3_r2vpo.minibatches import rollout_tensors, shuffled_minibatches
+from sb3_r2vpo.optim import FlatAdam, clip_gradients
+from sb3_r2vpo.r2vpo.evaluation import evaluate_actions
+
+SMALL = {"n_steps": 32, "batch_size": 16, "n_epochs": 2, "seed": 0, "device": "cpu"}
+
+
+class RandomEnv(gym.Env):
+    """Random observations and rewards of any spaces; episodes of 7 steps, cut off by a time limit or ended."""
+
+    def __init__(self, observation_space: spaces.Space, action_space: spaces.Space) -> None:
+        self.observation_space, self.action_space = copy.deepcopy(observation_space), action_space
+        self.steps = 0
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        if seed is not None:
+            self.observation_space.seed(seed)
+        return self.observation_space.sample(), {}
+
+    def step(self, action):
+        self.steps += 1
+        ends = self.steps % 7 == 0
+        return self.observation_space.sample(), float(self.np_random.normal()), ends and self.steps % 2 == 0, ends, {}
+
+
+VECTOR = spaces.Box(-1, 1, (3,), dtype=np.float32)
+IMAGE = spaces.Box(0, 255, (36, 36, 1), dtype=np.uint8)
+ACTION_SPACES = [spaces.Box(-2, 2, (2,)), spaces.Discrete(3), spaces.MultiDiscrete([2, 3]), spaces.MultiBinary(3)]
+
+
+def weights(model) -> list[th.Tensor]:
+    return [tensor.clone() for tensor in model.policy.state_dict().values()]
+
+
+def flatten_weights(model) -> th.Tensor:
+    return th.cat([tensor.flatten().float() for tensor in weights(model)])
+
+
+# --- minibatches -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("observation_space", [VECTOR, spaces.Dict({"a": VECTOR, "b": spaces.Discrete(3)}), IMAGE], ids=str)
+@pytest.mark.parametrize("action_space", ACTION_SPACES, ids=lambda space: type(space).__name__)
+@pytest.mark.parametrize("n_envs", [1, 3])
+def test_minibatches_are_those_of_the_rollout_buffer(observation_space, action_space, n_envs):
+    buffer_class = DictRolloutBuffer if isinstance(observation_space, spaces.Dict) else RolloutBuffer
+    buffer = buffer_class(10, observation_space, action_space, "cpu", n_envs=n_envs)
+    for _ in range(10):
+        samples = [observation_space.sample() for _ in range(n_envs)]
+        keys = observation_space.keys() if isinstance(observation_space, spaces.Dict) else None
+        obs = np.stack(samples) if keys is None else {key: np.stack([sample[key] for sample in samples]) for key in keys}
+        actions = np.stack([action_space.sample() for _ in range(n_envs)])
+        buffer.add(obs, actions, np.random.randn(n_envs), np.zeros(n_envs), th.randn(n_envs), th.randn(n_envs))
+    tensors = rollout_tensors(buffer)
+    for _ in range(2):
+        np.random.seed(7)
+        ours = list(shuffled_minibatches([tensors], batch_size=4))
+        np.random.seed(7)
+        theirs = list(buffer.get(batch_size=4))
+        assert len(ours) == len(theirs)
+        for a, b in zip(ours, theirs, strict=True):
+            assert type(a) is type(b)
+            for field_a, field_b in zip(a, b, strict=True):
+                field_a, field_b = (f if isinstance(f, dict) else {"": f} for f in (field_a, field_b))
+                assert all(field_a[key].dtype == field_b[key].dtype for key in field_b)
+                assert all(th.equal(field_a[key], field_b[key]) for key in field_b)
+
+
+def test_large_observations_are_not_copied_until_they_are_shuffled():
+    """A replay of images would otherwise take its memory twice."""
+    model = R2VPOOff("MlpPolicy", "Pendulum-v1", **SMALL).learn(32)
+    rollout = model.replay_buffer.rollouts[0]
+    assert np.shares_memory(rollout.tensors().observations.numpy(), rollout.buffer.observations)
+
+
+def test_a_users_rollout_buffer_is_asked_for_its_minibatches():
+    class HalfTheSteps(RolloutBuffer):
+        def get(self, batch_size=None):
+            minibatches = list(super().get(batch_size))
+            yield from minibatches[: len(minibatches) // 2]
+
+    model = R2VPO("MlpPolicy", "Pendulum-v1", rollout_buffer_class=HalfTheSteps, **SMALL).learn(32)
+    assert len(list(model._minibatches())) == 2
+
+
+# --- log-probabilities -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("share_features_extractor", [True, False])
+@pytest.mark.parametrize("action_space", ACTION_SPACES, ids=lambda space: type(space).__name__)
+def test_evaluation_is_that_of_the_policy_bit_for_bit(action_space, share_features_extractor):
+    """Values and gradients, the entropy's included."""
+    policy = ActorCriticPolicy(VECTOR, action_space, lambda _: 1e-3, share_features_extractor=share_features_extractor)
+    observations = th.randn(50, 3)
+    actions = th.as_tensor(np.stack([action_space.sample() for _ in range(50)]))
+    if not isinstance(action_space, spaces.Discrete):
+        actions = actions.float()
+    results = []
+    for evaluation in (policy.evaluate_actions(observations, actions), evaluate_actions(policy, observations, actions)):
+        values, log_prob, entropy = evaluation
+        policy.zero_grad()
+        (values.mean() + log_prob.exp().mean() + 0.3 * entropy.mean()).backward()
+        results.append([values, log_prob, entropy, *(parameter.grad.clone() for parameter in policy.parameters())])
+    assert all(th.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_an_overridden_evaluation_is_used():
+    class Shifted(ActorCriticPolicy):
+        def evaluate_actions(self, obs, actions):
+            values, log_prob, entropy = super().evaluate_actions(obs, actions)
+            return values + 100, log_prob, entropy
+
+    policy = Shifted(VECTOR, spaces.Discrete(2), lambda _: 1e-3)
+    values, *_ = evaluate_actions(policy, th.zeros(4, 3), th.zeros(4, dtype=th.long))
+    assert (values > 90).all()
+
+
+# --- optimizer ---------------------------------------------------------------------------------------------------------
+
+
+def networks() -> list[th.nn.Module]:
+    th.manual_seed(0)
+    network = th.nn.Sequential(th.nn.Linear(5, 17), th.nn.Tanh(), th.nn.Linear(17, 3), th.nn.Linear(3, 1, bias=False))
+    return [network, copy.deepcopy(network)]
+
+
+def train(network, optimizer, n_steps, clip=th.nn.utils.clip_grad_norm_) -> None:
+    th.manual_seed(1)
+    for step in range(n_steps):
+        optimizer.param_groups[0]["lr"] = 1e-2 / (step + 1)
+        optimizer.zero_grad()
+        network(th.randn(20, 5)).square().mean().backward()
+        clip(network.parameters(), 0.1)
+        optimizer.step()
+
+
+def assert_same(a: th.nn.Module, b: th.nn.Module) -> None:
+    assert all(th.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))
+
+
+def test_flat_adam_is_adam_bit_for_bit():
+    plain, flat = networks()
+    train(plain, th.optim.Adam(plain.parameters(), eps=1e-5), 50)
+    train(flat, FlatAdam(flat.parameters(), eps=1e-5), 50, clip_gradients)
+    assert_same(plain, flat)
+
+
+def test_state_goes_from_adam_to_flat_adam_and_back():
+    plain, flat = networks()
+    adam, flat_adam = th.optim.Adam(plain.parameters()), FlatAdam(flat.parameters())
+    train(plain, adam, 5)
+    train(flat, flat_adam, 5)
+    state, flat_state = copy.deepcopy(adam.state_dict()), copy.deepcopy(flat_adam.state_dict())
+    for ours, theirs in zip(flat_state["state"].values(), state["state"].values(), strict=True):
+        assert ours.keys() == theirs.keys()
+        assert all(th.equal(ours[key], theirs[key]) for key in theirs)
+    adam.load_state_dict(flat_state)
+    flat_adam.load_state_dict(state)
+    train(plain, adam, 5)
+    train(flat, flat_adam, 5)
+    assert_same(plain, flat)
+
+
+@pytest.mark.parametrize("options", [{"weight_decay": 0.1}, {"amsgrad": True}, {"foreach": True}])
+def test_options_that_flat_adam_leaves_to_adam(options):
+    plain, flat = networks()
+    train(plain, th.optim.Adam(plain.parameters(), **options), 5)
+    train(flat, FlatAdam(flat.parameters(), **options), 5)
+    assert_same(plain, flat)
+
+
+def test_parameters_without_a_gradient():
+    plain, flat = networks()
+    for network in (plain, flat):
+        network[2].requires_grad_(False)
+    train(plain, th.optim.Adam(plain.parameters()), 5)
+    train(flat, FlatAdam(flat.parameters()), 5, clip_gradients)
+    # Thawed later: its number of steps differs from the others'
+    for network in (plain, flat):
+        network[2].requires_grad_(True)
+    optimizers = th.optim.Adam(plain.parameters()), FlatAdam(flat.parameters())
+    train(plain, optimizers[0], 5)
+    train(flat, optimizers[1], 5)
+    assert_same(plain, flat)
+    total_norm, norms = clip_gradients(flat.parameters(), math.inf)
+    th.testing.assert_close(norms.square().sum().sqrt(), total_norm)
+
+
+def test_optimizer_of_the_users_choice_is_kept():
+    def optimizer(**policy_kwargs):
+        return R2VPO("MlpPolicy", "Pendulum-v1", policy_kwargs=policy_kwargs, **SMALL).policy.optimizer
+
+    assert type(optimizer()) is FlatAdam
+    assert optimizer().param_groups[0]["eps"] == 1e-5
+    assert type(optimizer(optimizer_class=th.optim.AdamW)) is th.optim.AdamW
+    assert type(optimizer(optimizer_kwargs={"fused": True})) is th.optim.Adam
+
+
+def test_fused_optimizer_skips_a_poisoned_step_and_the_update_says_so():
+    """The error comes at the end of the update, since the host does not read the norms before."""
+    model = R2VPO("MlpPolicy", "CartPole-v1", policy_kwargs={"optimizer_kwargs": {"fused": True, "eps": 1e-5}}, **SMALL)
+    model.learn(32)
+    model.rollout_buffer.advantages[3] = 1e38
+    model.rollout_buffer.returns[3] = 1e38
+    with pytest.raises(RuntimeError, match="non-finite"):
+        model.train()
+    assert all(tensor.isfinite().all() for tensor in weights(model))
+    assert math.isfinite(model.dual.value.item())
+    model.learn(32)
+
+
+# --- collection --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("algorithm", [R2VPO, R2VPOOff])
+def test_rollouts_are_those_of_ppo(algorithm):
+    rollouts = []
+    for cls in (PPO, algorithm):
+        env = make_vec_env(lambda: RandomEnv(VECTOR, spaces.Box(-1, 1, (2,))), n_envs=3, seed=0)
+        model = cls("MlpPolicy", env, learning_rate=0.0, **SMALL)
+        model.learn(3 * 32)
+        buffer = model.rollout_buffer
+        names = ("observations", "actions", "rewards", "values", "log_probs", "advantages", "returns", "episode_starts")
+        arrays = {name: getattr(buffer, name) for name in names}
+        if not buffer.generator_ready:
+            flat = ("observations", "actions", "values", "log_probs", "advantages", "returns")
+            arrays |= {name: RolloutBuffer.swap_and_flatten(arrays[name]) for name in flat}
+        rollouts.append(arrays)
+    for name, array in rollouts[0].items():
+        np.testing.assert_array_equal(array, rollouts[1][name], err_msg=name)
+
+
+# --- compilation -------------------------------------------------------------------------------------------------------
+
+needs_compiler = pytest.mark.skipif(
+    not (shutil.which("g++") or shutil.which("clang++")), reason="torch.compile needs a C++ compiler"
+)
+
+
+def assert_compiled_agrees(algorithm, policy, env, n_updates=3, **settings) -> None:
+    settings = SMALL | settings
+    results = []
+    for compile in (False, True):
+        model = algorithm(policy, env(), compile=compile, **settings)
+        before = flatten_weights(model)
+        model.learn(n_updates * settings["n_steps"])
+        results.append((flatten_weights(model), dict(model.logger.name_to_value), list(model.policy.state_dict()), model))
+    (eager, eager_log, eager_names, _), (compiled, compiled_log, compiled_names, model) = results
+    assert eager_names == compiled_names
+    assert not th.equal(before, compiled)
+    # Single precision, over some dozen steps of Adam, whose step is all sign where a gradient is almost zero
+    th.testing.assert_close(compiled, eager, rtol=1e-3, atol=1e-4)
+    assert eager_log.keys() == compiled_log.keys()
+    for name in ("loss", "value_loss", "approx_kl", "policy_grad_norm", "ratio_variance"):
+        assert compiled_log[f"train/{name}"] == pytest.approx(eager_log[f"train/{name}"], rel=2e-2, abs=1e-5), name
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.parametrize("env_id", ["CartPole-v1", "Pendulum-v1"])
+def test_compiled_agrees(env_id):
+    schedule = LinearSchedule(start=1e-3, end=1e-4, end_fraction=1.0)
+    kwargs = {"learning_rate": schedule, "clip_range_vf": 0.2, "ent_coef": 0.01, "batch_size": 12}
+    assert_compiled_agrees(R2VPO, "MlpPolicy", lambda: gym.make(env_id), **kwargs)
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.parametrize("settings", [{"use_sde": True}, {"objective": "ppo_clip", "objective_kwargs": {"clip_range": 0.1}}])
+def test_compiled_agrees_on_variants(settings):
+    assert_compiled_agrees(R2VPOOff, "MlpPolicy", lambda: gym.make("Pendulum-v1"), **settings)
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_compiled_agrees_on_dicts_and_multi_discrete():
+    space = spaces.Dict({"a": VECTOR, "b": spaces.Discrete(3)})
+    assert_compiled_agrees(R2VPO, "MultiInputPolicy", lambda: RandomEnv(space, spaces.MultiDiscrete([2, 3])))
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_compiled_refuses_a_poisoned_step_stops_early_and_is_saved(tmp_path, capsys):
+    model = R2VPO("MlpPolicy", "CartPole-v1", compile=True, **SMALL).learn(32)
+    model.save(tmp_path / "model")
+    assert R2VPO.load(tmp_path / "model").compile
+    assert not R2VPO.load(tmp_path / "model", compile=False).compile
+
+    advantages = model.rollout_buffer.advantages.copy()
+    model.rollout_buffer.advantages[3] = 1e38
+    model.rollout_buffer.returns[3] = 1e38
+    before = flatten_weights(model)
+    with pytest.raises(RuntimeError, match="non-finite"):
+        model.train()
+    assert flatten_weights(model).isfinite().all()
+    assert not th.equal(flatten_weights(model), before)
+    assert math.isfinite(model.dual.value.item())
+
+    # The step that exceeds the limit is not made
+    model = R2VPO("MlpPolicy", "CartPole-v1", compile=True, target_kl=1e-9, verbose=1, **SMALL)
+    model.learn(32)
+    model.rollout_buffer.advantages[:] = advantages
+    model.rollout_buffer.log_probs += 1
+    before = flatten_weights(model)
+    model.train()
+    assert th.equal(flatten_weights(model), before)
+    assert "Early stopping" in capsys.readouterr().out
+
+
+def test_compiled_needs_adam():
+    with pytest.raises(ValueError, match="`compile=True` compiles Adam along"):
+        R2VPO("MlpPolicy", "CartPole-v1", compile=True, policy_kwargs={"optimizer_class": th.optim.SGD}, **SMALL)
+
+
+def test_missing_compiler(monkeypatch):
+    monkeypatch.setattr("torch._inductor.config.cpp.cxx", (None, "/no/such/compiler"))
+    th.compiler.reset()
+    # A size of network that no other test has, as compiled code may be found in a cache
+    model = R2VPO("MlpPolicy", "CartPole-v1", compile=True, policy_kwargs={"net_arch": [13]}, **SMALL)
+    with pytest.raises(RuntimeError, match="needs a working C\\+\\+ compiler"):
+        model.learn(32)
+
+
+# --- GPU ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not th.cuda.is_available(), reason="no CUDA device")
+def test_minibatch_loop_does_not_wait_for_the_gpu():
+    model = R2VPO("MlpPolicy", "Pendulum-v1", **(SMALL | {"device": "cuda"})).learn(32)
+    parameters = list(model.policy.parameters())
+    minibatches = list(model._minibatches())
+    th.cuda.set_sync_debug_mode("error")
+    try:
+        for rollout_data in minibatches:
+            model._gradient_step(rollout_data, model._objective_coefficients(), None, 0.02, parameters)
+    finally:
+        th.cuda.set_sync_debug_mode("default")
