@@ -27,6 +27,16 @@ def _concatenate(fields: tuple[Any, ...]) -> Any:
     return th.cat(fields)
 
 
+def drop_padding(values: th.Tensor, rollout_data: RolloutBufferSamples) -> th.Tensor:
+    """
+    :param values: One for each step of a minibatch, or for each token if it holds sequences
+    :param rollout_data: The minibatch
+    :return: The values; of sequences, in one dimension those of tokens that are not padding
+    """
+    mask = getattr(rollout_data, "mask", None)
+    return values if mask is None else values[mask]
+
+
 class Timeouts:
     """
     The steps of a rollout at which an episode was cut off by a time limit.
@@ -88,6 +98,11 @@ class StoredRollout:
 
     def __len__(self) -> int:
         return self.buffer.buffer_size * self.buffer.n_envs
+
+    @property
+    def indices(self) -> np.ndarray:
+        """Steps to train on, in sampling order: all, unless the rollout buffer selects some"""
+        return getattr(self.buffer, "selected_indices", np.arange(len(self)))
 
     def batches(self, batch_size: int) -> Iterator[RolloutBufferSamples]:
         """
@@ -153,13 +168,14 @@ class RolloutReplayBuffer:
 
     def get(self, batch_size: int) -> Iterator[RolloutBufferSamples]:
         """
-        One pass over all steps of all rollouts in random order, without replacement.
+        One pass over the steps of all rollouts in random order, without replacement.
 
         :param batch_size: Steps in a minibatch; the last one may be smaller
         :return: Minibatches, each uniform over the whole buffer
         """
         ends = np.cumsum([len(rollout) for rollout in self.rollouts])
-        indices = np.random.permutation(ends[-1])
+        parts = [end - len(rollout) + rollout.indices for rollout, end in zip(self.rollouts, ends, strict=True)]
+        indices = np.random.permutation(np.concatenate(parts))
         for start in range(0, len(indices), batch_size):
             yield self._get_samples(indices[start : start + batch_size], ends)
 

@@ -20,8 +20,9 @@ from stable_baselines3.common.utils import FloatSchedule, explained_variance
 from torch.nn import functional as F
 
 from sb3_r2vpo.dual import DualVariable
-from sb3_r2vpo.objectives import OBJECTIVES
+from sb3_r2vpo.objectives import OBJECTIVES, mean
 from sb3_r2vpo.r2vpo.policies import CnnPolicy, MlpPolicy, MultiInputPolicy
+from sb3_r2vpo.rollout_replay import drop_padding
 
 SelfR2VPO = TypeVar("SelfR2VPO", bound="R2VPO")
 
@@ -198,6 +199,9 @@ class R2VPO(OnPolicyAlgorithm):
         self._check_coefficients()
         # Built first: an invalid `var_coef` must not leave a half-made model
         dual = DualVariable(self.var_coef)
+        if self.rollout_buffer_class is None:
+            # Actions that are whole responses of a language model bring a buffer of sequences
+            self.rollout_buffer_class = getattr(self.action_space, "rollout_buffer_class", None)
         super()._setup_model()
         self.dual = dual.to(self.device)
 
@@ -281,8 +285,9 @@ class R2VPO(OnPolicyAlgorithm):
             if self.normalize_advantage and len(advantages) > 1:
                 advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
 
-            losses, ratio_stats = objective(log_prob - rollout_data.old_log_prob, advantages, **coefficients)
-            policy_loss = losses.mean()
+            log_ratio = log_prob - rollout_data.old_log_prob
+            losses, ratio_stats = objective(log_ratio, advantages, **coefficients, **self._sequence_arguments(log_ratio))
+            policy_loss = self._reduce(losses, rollout_data)
 
             if clip_range_vf is not None:
                 # Clip the difference between old and new value; NOTE: this depends on the reward scaling
@@ -291,10 +296,12 @@ class R2VPO(OnPolicyAlgorithm):
             # Value loss using the TD(gae_lambda) target
             value_loss = F.mse_loss(rollout_data.returns, values)
             # Entropy favors exploration; -log_prob estimates it where there is no closed form
-            entropy_loss = -th.mean(-log_prob if entropy is None else entropy)
+            entropy_loss = -self._reduce(-log_prob if entropy is None else entropy, rollout_data)
             loss = policy_loss + self.ent_coef * entropy_loss + self.vf_coef * value_loss
 
-            minibatch_stats = self._summarize_ratios(ratio_stats)
+            minibatch_stats = self._summarize_ratios(
+                {name: drop_padding(values, rollout_data) for name, values in ratio_stats.items()}
+            )
             losses_by_name = {"policy_gradient_loss": policy_loss, "value_loss": value_loss, "entropy_loss": entropy_loss}
             for name, value in {**minibatch_stats, **losses_by_name, "loss": loss}.items():
                 statistics[name].append(value.detach())
@@ -318,6 +325,16 @@ class R2VPO(OnPolicyAlgorithm):
             self.logger.record("train/clip_range_vf", clip_range_vf)
         if self.dual.adaptive:
             self.logger.record("train/target_variance", target_variance)
+
+    def _reduce(self, values: th.Tensor, rollout_data: RolloutBufferSamples) -> th.Tensor:
+        """Plain mean over steps; over the tokens of sequences, as their buffer says."""
+        mask = getattr(rollout_data, "mask", None)
+        return mean(values) if mask is None else self.rollout_buffer.reduce(values, mask)  # type: ignore[attr-defined]
+
+    def _sequence_arguments(self, log_ratio: th.Tensor) -> dict[str, th.Tensor]:
+        """TOPR tapers the tokens of a response by the ratio of the whole response; log-ratios are zero at padding."""
+        is_sequence = log_ratio.ndim == 2
+        return {"sequence_log_ratio": log_ratio.sum(-1, keepdim=True)} if is_sequence and self.objective == "topr" else {}
 
     def _check_rollout_is_finite(self) -> None:
         """A NaN reward must be refused before the update: SB3 notices it only once the weights are lost (GH issue #1593)."""
