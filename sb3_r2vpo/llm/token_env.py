@@ -15,9 +15,10 @@ class TokenEnv(gym.Env[dict[str, Any], np.int64]):
     Write a response token by token.
 
     The action is a token id. The observation holds all token ids so far, prompt first, padded on the left. An
-    end-of-sequence token ends the turn; after the last turn the episode is *terminated* and the task's verifier rewards it.
-    A turn that reaches ``max_new_tokens`` without such a token is cut off: the episode is rewarded and *truncated*. Between
-    turns, the task's reply is appended, which the policy reads but did not write.
+    end-of-sequence token ends the turn, and so do ``max_new_tokens``. Between turns, the task's reply is appended, which the
+    policy reads but did not write. After the last turn the task's verifier rewards the episode, which is *terminated*; if that
+    turn was cut off by the length limit, it is *truncated as well*. Not truncated alone: the verifier has judged the response
+    as it stands, and an algorithm that added the value of what might have come next would reward rambling.
 
     It serves any SB3 algorithm, and small vocabularies. Language models are trained on whole responses instead,
     see :class:`~sb3_r2vpo.llm.token_vec_env.TokenVecEnv`: there each response is read once, not once for each of its tokens.
@@ -71,7 +72,7 @@ class TokenEnv(gym.Env[dict[str, Any], np.int64]):
             conversation.turns.append([])
             return self._observation(), reward, False, False, {}
         reward += checked_reward(self.task.reward(conversation), conversation, self.task)
-        return self._observation(), reward, ended, not ended, {}
+        return self._observation(), reward, True, not ended, {}
 
     def action_masks(self) -> np.ndarray:
         """:return: Which tokens may come next, boolean, as sb3-contrib's MaskablePPO asks for"""
