@@ -72,11 +72,17 @@ class TokenVecEnv(VecEnv):
         )
 
     def reset(self) -> dict[str, np.ndarray]:
+        """
+        Start a batch; with ``set_options({"problems": [...]})`` before it, on ``n_prompts`` problems of one's own choice.
+
+        :return: Observations
+        """
         if self._seeds[0] is not None:
             self.rng = np.random.default_rng(self._seeds[0])
+        problems = self._options[0].get("problems") or self._draw_problems()
         self._reset_seeds()
         self._reset_options()
-        return self._start_batch(self._draw_problems())
+        return self._start_batch(problems)
 
     def _draw_problems(self) -> list[Problem]:
         return [draw_problem(self.task, self.rng, self.max_prompt_tokens) for _ in range(self.n_prompts)]
