@@ -111,7 +111,9 @@ class ResponseEvalCallback(EventCallback):
         self.sampling = sampling
 
     def _on_step(self) -> bool:
-        if self.n_calls % self.eval_freq:
+        # Not `n_calls`, which starts anew when training is resumed
+        n_batches = self.num_timesteps // self.training_env.num_envs
+        if n_batches % self.eval_freq:
             return True
         evaluation, conversations = evaluate_responses(self.model.policy, self.env, self.problems, self.sampling)  # type: ignore[arg-type]
         self.last_evaluation = evaluation
@@ -119,5 +121,5 @@ class ResponseEvalCallback(EventCallback):
             self.logger.record(f"eval/{name}", value)
         if self.verbose:
             print(f"After {self.num_timesteps} responses: {evaluation}")
-            print(self.env.task.decode(conversations[self.n_calls // self.eval_freq % len(conversations)].tokens))
+            print(self.env.task.decode(conversations[n_batches // self.eval_freq % len(conversations)].tokens))
         return True

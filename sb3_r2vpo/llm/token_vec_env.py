@@ -99,6 +99,18 @@ class TokenVecEnv(VecEnv):
         tokens = (c.tokens if active else [] for c, active in zip(self.conversations, self.active, strict=True))
         return pad_left(tokens, self.max_length)
 
+    def get_state(self) -> dict[str, Any]:
+        """:return: All that a later :meth:`set_state` needs to go on with the same prompts, to be pickled"""
+        names = ("rng", "conversations", "turn", "active", "scores", "start_time")
+        return {name: getattr(self, name) for name in names}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """
+        :param state: From :meth:`get_state` of environments with the same arguments
+        """
+        for name, value in state.items():
+            setattr(self, name, value)
+
     def step_async(self, actions: np.ndarray) -> None:
         self.actions = actions
 
