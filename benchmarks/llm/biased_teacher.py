@@ -63,8 +63,6 @@ class Method:
                 return {"var_coef": 0.0}
             case "exact_kl":
                 return {"objective": name, "objective_kwargs": {"kl_coef": coefficient}}
-            case "topr_token":
-                return {"objective": name}
             case _:
                 return {"objective": name}
 
@@ -220,6 +218,82 @@ def execute(path: Path, run: Run) -> None:
     rows = train(run)
     append(path, run, rows)
     print(f"{run}: {rows[-1]['seconds']:.0f} s, accuracy {np.mean([row['accuracy'] for row in rows[-10:]]):.3f}", flush=True)
+
+
+def final_accuracies(name: str, replay: int) -> dict[int, float]:
+    """Mean accuracy over the last ten iterations, by seed."""
+    accuracies: dict[int, list[float]] = {}
+    for row in read(RUNS):
+        run = key(row)
+        if (run.method, run.replay) == (name, replay) and int(row["iteration"]) >= N_ITERATIONS - 10:
+            accuracies.setdefault(run.seed, []).append(float(row["accuracy"]))
+    return {seed: float(np.mean(values)) for seed, values in accuracies.items()}
+
+
+def responses_to(name: str, replay: int, accuracy: float) -> float:
+    """Responses until the mean over seeds, smoothed over five iterations, reaches an accuracy; NaN if it never does."""
+    rows = [row for row in read(RUNS) if (row["method"], int(row["replay"])) == (name, replay)]
+    curve = [
+        np.mean([float(row["accuracy"]) for row in rows if int(row["iteration"]) in range(i - 4, i + 1)])
+        for i in range(4, N_ITERATIONS)
+    ]
+    reached = np.flatnonzero(np.array(curve) >= accuracy)
+    return float((reached[0] + 5) * N_PROMPTS * GROUP_SIZE) if len(reached) else float("nan")
+
+
+def confidence_interval(values: list[float], n_resamples: int = 10_000) -> tuple[float, float]:
+    """95% percentile bootstrap interval of the mean over seeds."""
+    resampled = np.random.default_rng(0).choice(values, size=(n_resamples, len(values))).mean(axis=1)
+    low, high = np.percentile(resampled, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def report() -> None:
+    """Write the table of all arms, best first, and plot the curves."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    arms_run = sorted({(row["method"], int(row["replay"])) for row in read(RUNS)})
+    grpo = final_accuracies("ppo_clip", 0)
+    goal = float(np.mean(list(grpo.values()))) if grpo else float("nan")
+    lines = [
+        "| method | replay | lr | coefficient | seeds | final accuracy | 95% interval | responses to GRPO-ON's | seconds |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    table = []
+    for name, replay in arms_run:
+        accuracies = list(final_accuracies(name, replay).values())
+        rows = [row for row in read(RUNS) if (row["method"], int(row["replay"])) == (name, replay)]
+        seconds = np.mean([float(row["seconds"]) for row in rows if int(row["iteration"]) == N_ITERATIONS - 1])
+        low, high = confidence_interval(accuracies)
+        cells = [name, "ON" if replay == 0 else f"OFF {replay}", rows[0]["learning_rate"], rows[0]["coefficient"]]
+        cells += [len(accuracies), f"{np.mean(accuracies):.3f}", f"{low:.3f} to {high:.3f}"]
+        cells += [f"{responses_to(name, replay, goal):.0f}", f"{seconds:.0f}"]
+        table.append((float(np.mean(accuracies)), "| " + " | ".join(map(str, cells)) + " |"))
+    lines += [line for _, line in sorted(table, reverse=True)]
+    (RESULTS / "biased_teacher.md").write_text("\n".join(lines) + "\n")
+
+    figure, axes = plt.subplots(1, 3, figsize=(15, 4), layout="constrained")
+    for name, replay in arms_run:
+        rows = [row for row in read(RUNS) if (row["method"], int(row["replay"])) == (name, replay)]
+        iterations = range(N_ITERATIONS)
+
+        def mean_of(column: str, rows: list[dict[str, str]] = rows, iterations: range = iterations) -> list[float]:
+            values = [[float(row[column]) for row in rows if int(row["iteration"]) == i and row[column]] for i in iterations]
+            return [float(np.mean(v)) if v else float("nan") for v in values]
+
+        if replay in (0, 4):
+            axes[min(replay, 1)].plot(mean_of("responses"), mean_of("accuracy"), label=name)
+        if name == "r2vpo":
+            axes[2].plot(mean_of("responses"), mean_of("var_coef"), label="ON" if replay == 0 else f"OFF, replay of {replay}")
+    for axis, title in zip(axes, ("on-policy", "replay of 4", "multiplier of the adaptive R2VPO"), strict=True):
+        axis.set(title=title, xlabel="generated responses")
+        if axis.has_data():
+            axis.legend(fontsize="small")
+    axes[0].set_ylabel("accuracy")
+    figure.savefig(RESULTS / "biased_teacher.png", dpi=120)
 
 
 def main() -> None:
