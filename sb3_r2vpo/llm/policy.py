@@ -28,7 +28,11 @@ def load_model(model: str | Path | PreTrainedModel, **kwargs: Any) -> PreTrained
         return model
     if str(model).endswith(".gguf"):
         path = Path(model)
-        return AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, **kwargs)
+        loaded = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, **kwargs)
+        # transformers has dequantized the weights, but still refuses to save what it marked as quantized
+        loaded.hf_quantizer = None  # type: ignore[assignment]
+        loaded.config.__dict__.pop("quantization_config", None)
+        return loaded
     return AutoModelForCausalLM.from_pretrained(model, **kwargs)
 
 
