@@ -1,6 +1,8 @@
 """Language models: environments, policy, the sequence path against the step path, bad input."""
 
+import importlib
 import math
+import sys
 from copy import deepcopy
 
 import gymnasium as gym
@@ -213,6 +215,24 @@ def test_sampled_log_probs_are_teacher_forced_ones(sampling, micro_batch_size):
     assert entropy is None
     assert values.shape == (env.num_envs, 1)
     th.testing.assert_close(log_prob, sampled, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [th.float32, th.bfloat16])
+def test_other_architectures_and_half_precision(dtype):
+    """GPT-2 has absolute positions, which left padding must not shift, and dropout, which must not change ratios."""
+    th.manual_seed(0)
+    sizes = {"vocab_size": 8, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64}
+    config = transformers.GPT2Config(**sizes, initializer_range=0.5, bos_token_id=None, eos_token_id=None)
+    env = vec_env()
+    model = R2VPO(CausalLMPolicy, env, **SEQUENCES, policy_kwargs={"model": transformers.GPT2LMHeadModel(config).to(dtype)})
+    obs = as_tensors(env.reset())
+    tokens, _, sampled = model.policy(obs)
+    model.policy.set_training_mode(True)
+    log_prob = model.policy.evaluate_actions(obs, tokens)[1]
+    assert log_prob.dtype == th.float32
+    th.testing.assert_close(log_prob, sampled, atol=1e-4 if dtype == th.float32 else 0.1, rtol=0)
+    model.learn(32)
+    assert math.isfinite(logged(model)["train/ratio_variance"])
 
 
 def test_sampled_frequencies_are_the_models_probabilities():
@@ -441,6 +461,13 @@ def test_kl_divergence_by_hand():
     assert kl_divergence(logits, reference).item() == pytest.approx(expected, abs=1e-6)
 
 
+def test_sb3_evaluates_it():
+    env = vec_env()
+    model = R2VPO(CausalLMPolicy, env, **SEQUENCES, policy_kwargs={"model": tiny_model()})
+    mean_reward, _ = evaluate_policy(model, env, n_eval_episodes=32, warn=False)
+    assert 0 <= mean_reward <= 1
+
+
 # --- saving ----------------------------------------------------------------------------------------------------------
 
 
@@ -548,6 +575,14 @@ def test_model_and_task_must_fit():
 def test_bad_settings_are_refused(kwargs, message):
     with pytest.raises(ValueError, match=message):
         R2VPO(CausalLMPolicy, vec_env(), **{**SEQUENCES, "policy_kwargs": {"model": tiny_model()}, **kwargs})
+
+
+def test_missing_extra_is_named(monkeypatch):
+    for name in [name for name in sys.modules if name.startswith("sb3_r2vpo.llm")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(ImportError, match=r"pip install sb3-r2vpo\[llm\]"):
+        importlib.import_module("sb3_r2vpo.llm")
 
 
 def test_rollouts_must_hold_whole_conversations():

@@ -1,4 +1,19 @@
-"""Language models: token generation as a Gymnasium environment, and causal language models as policies of R2VPO."""
+"""Language models: token generation as a Gymnasium environment, and causal language models as policies of R2VPO.
+
+task = RewardTask(prompts, reward_function, tokenizer)
+env = TokenVecEnv(task, n_prompts=16, group_size=8, max_prompt_tokens=128, max_new_tokens=64)
+model = R2VPO(
+    CausalLMPolicy,
+    env,
+    n_steps=1,                   # batches of responses in a rollout
+    n_epochs=1,
+    batch_size=32,               # responses in a minibatch
+    normalize_advantage=False,   # groups of responses have done that
+    learning_rate=1e-5,
+    policy_kwargs={"model": "path/to/model"},
+)
+model.learn(10_000)              # responses
+"""
 
 import gymnasium as gym
 

@@ -274,10 +274,11 @@ class CausalLMPolicy(ActorCriticPolicy):
         # Sorted by length, so that responses that share a pass need little padding
         lengths = attention_mask.sum(-1) + (responses != PADDING).sum(-1)
         order = lengths.argsort(descending=True)
+        splits = order.split(self.micro_batch_size or len(order))
         parts = []
-        for rows in order.split(self.micro_batch_size or len(order)):
+        for rows in splits:
             arguments = prompts[rows], attention_mask[rows], responses[rows]
-            if self.micro_batch_size is not None and th.is_grad_enabled():
+            if len(splits) > 1 and th.is_grad_enabled():
                 parts.append(checkpoint(self._evaluate_part, *arguments, use_reentrant=False))
             else:
                 parts.append(self._evaluate_part(*arguments))

@@ -58,7 +58,8 @@ class R2VPO(OnPolicyAlgorithm):
         minibatches of an update. A number or a schedule.
     :param dual_learning_rate: The step size ``eta`` of the adaptive multiplier, per minibatch.
     :param objective: The policy objective: "r2vpo", or a baseline to compare with in the same loop: "ppo_clip", "clip_higher",
-        "gppo", "topr", "exact_kl", "spo" (see ``sb3_r2vpo.objectives``). The multiplier serves "r2vpo" only.
+        "gppo", "topr", "topr_token", "exact_kl", "spo" (see ``sb3_r2vpo.objectives``). The multiplier serves "r2vpo"
+        only.
     :param objective_kwargs: Coefficients of the baselines by their names in ``sb3_r2vpo.objectives``, numbers or schedules,
         such as ``{"clip_range": 0.1}``. ``None`` takes each one's default.
     :param clip_range_vf: Clipping parameter for the value function,
