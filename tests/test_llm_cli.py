@@ -12,7 +12,7 @@ from test_llm_tasks import byte_tokenizer  # noqa: E402
 
 from sb3_r2vpo import R2VPO, R2VPOOff  # noqa: E402
 from sb3_r2vpo.llm import CausalLMPolicy, TokenVecEnv  # noqa: E402
-from sb3_r2vpo.llm.checkpoint import CheckpointCallback, latest_checkpoint, load_checkpoint  # noqa: E402
+from sb3_r2vpo.llm.checkpoint import CheckpointCallback, list_checkpoints, load_checkpoint  # noqa: E402
 from sb3_r2vpo.llm.cli import load_config, main, make_task  # noqa: E402
 from sb3_r2vpo.llm.tasks import BiasedTeacherTask  # noqa: E402
 from sb3_r2vpo.llm.tasks.biased_teacher import tiny_model  # noqa: E402
@@ -47,8 +47,7 @@ def config_path(tmp_path):
 def test_train_resume_eval_generate(config_path, tmp_path, capsys):
     folder = tmp_path / "run"
     main(["train", str(config_path), "--folder", str(folder)])
-    assert latest_checkpoint(folder).name == "checkpoint_24"
-    assert len(list(folder.glob("checkpoint_*"))) == 2
+    assert [path.name for path in list_checkpoints(folder)] == ["checkpoint_16", "checkpoint_24"]
     weights = transformers.AutoModelForCausalLM.from_pretrained(folder / "model").state_dict()
 
     # Once more from the checkpoint before the last rollout: the same weights
@@ -74,7 +73,7 @@ def test_training_goes_on_exactly_from_a_checkpoint(algorithm, tmp_path):
     arguments = {"n_steps": 1, "batch_size": 8, "n_epochs": 1, "seed": 1, "device": "cpu"}
     model = algorithm(CausalLMPolicy, make_env(), policy_kwargs={"model": str(tmp_path / "base")}, **arguments)
     model.learn(16 * 6, callback=CheckpointCallback(tmp_path, save_freq=3, keep=1))
-    resumed = load_checkpoint(algorithm, latest_checkpoint(tmp_path), make_env(), device="cpu")
+    resumed = load_checkpoint(algorithm, list_checkpoints(tmp_path)[-1], make_env(), device="cpu")
     assert resumed.num_timesteps == 48
     resumed.learn(48, reset_num_timesteps=False)
     assert resumed.num_timesteps == model.num_timesteps

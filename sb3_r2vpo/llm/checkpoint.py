@@ -72,13 +72,13 @@ def load_checkpoint(algorithm: type[AlgorithmT], folder: Path, env: TokenVecEnv,
     return model
 
 
-def latest_checkpoint(folder: Path) -> Path | None:
+def list_checkpoints(folder: Path) -> list[Path]:
     """
     :param folder: Where :class:`CheckpointCallback` saves
-    :return: The checkpoint of the most responses, or ``None``
+    :return: Its complete checkpoints, the oldest first
     """
-    checkpoints = [path for path in folder.glob("checkpoint_*") if path.name.removeprefix("checkpoint_").isdigit()]
-    return max(checkpoints, key=lambda path: int(path.name.removeprefix("checkpoint_")), default=None)
+    numbers = {path: path.name.removeprefix("checkpoint_") for path in folder.glob("checkpoint_*")}
+    return sorted((path for path, number in numbers.items() if number.isdigit()), key=lambda path: int(numbers[path]))
 
 
 class CheckpointCallback(BaseCallback):
@@ -102,8 +102,7 @@ class CheckpointCallback(BaseCallback):
         if n_rollouts == 0 or n_rollouts % self.save_freq:
             return
         save_checkpoint(self.model, self.folder / f"checkpoint_{self.model.num_timesteps}")  # type: ignore[arg-type]
-        checkpoints = sorted(self.folder.glob("checkpoint_*"), key=lambda path: path.stat().st_mtime)
-        for path in checkpoints[: -self.keep]:
+        for path in list_checkpoints(self.folder)[: -self.keep]:
             shutil.rmtree(path)
 
     def _on_step(self) -> bool:

@@ -28,7 +28,7 @@ import yaml
 from stable_baselines3.common.logger import configure
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from sb3_r2vpo.llm.checkpoint import CheckpointCallback, latest_checkpoint, load_checkpoint
+from sb3_r2vpo.llm.checkpoint import CheckpointCallback, list_checkpoints, load_checkpoint
 from sb3_r2vpo.llm.evaluation import ResponseEvalCallback, evaluate_responses
 from sb3_r2vpo.llm.policy import CausalLMPolicy
 from sb3_r2vpo.llm.task import Problem
@@ -118,12 +118,12 @@ def train(config: dict[str, Any], folder: Path) -> None:
     env, eval_env = TokenVecEnv(task, **config["env"]), TokenVecEnv(task, **{**config["env"], "group_size": settings["k"]})
     arguments = dict(config["algorithm"])
     algorithm = ALGORITHMS[arguments.pop("name")]
-    checkpoint = latest_checkpoint(folder)
-    if checkpoint is None:
-        model = algorithm(CausalLMPolicy, env, policy_kwargs=config["policy"], **arguments)
+    checkpoints = list_checkpoints(folder)
+    if checkpoints:
+        print(f"Going on from {checkpoints[-1]}")
+        model = load_checkpoint(algorithm, checkpoints[-1], env)
     else:
-        print(f"Going on from {checkpoint}")
-        model = load_checkpoint(algorithm, checkpoint, env)
+        model = algorithm(CausalLMPolicy, env, policy_kwargs=config["policy"], **arguments)
     model.set_logger(configure(str(folder), ["stdout", "tensorboard"]))
     callbacks = [
         CheckpointCallback(folder, settings["save_freq"]),
@@ -131,7 +131,7 @@ def train(config: dict[str, Any], folder: Path) -> None:
     ]
     remaining = config["n_responses"] - model.num_timesteps
     if remaining > 0:
-        model.learn(remaining, callback=callbacks, reset_num_timesteps=checkpoint is None)
+        model.learn(remaining, callback=callbacks, reset_num_timesteps=not checkpoints)
     model.policy.export(folder / "model", tokenizer)  # type: ignore[operator]
 
 
