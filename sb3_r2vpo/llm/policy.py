@@ -72,8 +72,8 @@ class CausalLMPolicy(ActorCriticPolicy):
         there is no critic, and values are zero.
     :param reference_kl: Keep a frozen copy of the initial model (with LoRA: the model without adapters), and return
         ``-KL(pi || pi_ref)``, the entropy relative to it, in place of the entropy: the algorithm's ``ent_coef`` is then the
-        coefficient of a KL penalty, and its ``entropy_loss`` the KL. It is exact for each token, over the whole vocabulary, and
-        compares the models themselves, before temperature, top-k and top-p.
+        coefficient of a KL penalty, and its ``entropy_loss`` the KL. It is exact for each token, over the whole vocabulary,
+        and compares the models themselves, before temperature, top-k and top-p.
     :param optimizer_class: The optimizer; AdamW as in the paper
     :param optimizer_kwargs: Its arguments, excluding the learning rate
     :param use_sde: Not supported
