@@ -68,7 +68,8 @@ def shuffled_minibatches(rollouts: Sequence[RolloutBufferSamples], batch_size: i
     """
     lengths = [len(rollout.old_log_prob) for rollout in rollouts]
     order = np.random.permutation(sum(lengths))
-    chunk_size = batch_size * -(-lengths[-1] // batch_size)
+    # At least one minibatch, should a rollout have nothing to train on
+    chunk_size = batch_size * max(1, -(-lengths[-1] // batch_size))
     for start in range(0, len(order), chunk_size):
         yield from split(_gather(rollouts, lengths, order[start : start + chunk_size]), batch_size)
 

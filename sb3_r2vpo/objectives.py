@@ -166,6 +166,17 @@ def topr(
     return loss, ratio_statistics(log_ratio)
 
 
+def topr_token(log_ratio: th.Tensor, advantages: th.Tensor) -> tuple[th.Tensor, dict[str, th.Tensor]]:
+    """
+    TOPR's other form: each token of a response is tapered by its own ratio, not by that of the whole response.
+
+    :param log_ratio: Any shape.
+    :param advantages: Broadcasts to ``log_ratio``.
+    :return: Per-sample loss and statistics.
+    """
+    return topr(log_ratio, advantages)
+
+
 def exact_kl(
     log_ratio: th.Tensor, advantages: th.Tensor, *, kl_coef: float | th.Tensor
 ) -> tuple[th.Tensor, dict[str, th.Tensor]]:
@@ -205,6 +216,7 @@ OBJECTIVES: dict[str, Objective] = {
     "clip_higher": clip_higher,
     "gppo": gppo,
     "topr": topr,
+    "topr_token": topr_token,
     "exact_kl": exact_kl,
     "spo": spo,
 }

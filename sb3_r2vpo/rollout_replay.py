@@ -8,9 +8,19 @@ import torch as th
 from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.type_aliases import RolloutBufferSamples
 
-from sb3_r2vpo.minibatches import flatten, rollout_tensors, shuffled_minibatches, split
+from sb3_r2vpo.minibatches import flatten, map_field, rollout_tensors, shuffled_minibatches, split
 
 Observation = np.ndarray | dict[str, np.ndarray]
+
+
+def drop_padding(values: th.Tensor, rollout_data: RolloutBufferSamples) -> th.Tensor:
+    """
+    :param values: One for each step of a minibatch, or for each token if it holds sequences
+    :param rollout_data: The minibatch
+    :return: The values; of sequences, in one dimension those of tokens that are not padding
+    """
+    mask = getattr(rollout_data, "mask", None)
+    return values if mask is None else values[mask]
 
 
 class Timeouts:
@@ -76,6 +86,14 @@ class StoredRollout:
         """:return: All steps in sampling order; on the CPU, observations and actions are not copied"""
         return rollout_tensors(self.buffer)
 
+    def training_tensors(self) -> RolloutBufferSamples:
+        """:return: The steps to train on: all, unless the rollout buffer selects some, as that of sequences does"""
+        samples = self.tensors()
+        selected = getattr(self.buffer, "selected_indices", None)
+        if selected is None:
+            return samples
+        return type(samples)(*(map_field(lambda tensor: tensor[selected], field) for field in samples))
+
     def batches(self, batch_size: int) -> Iterator[RolloutBufferSamples]:
         """
         :param batch_size: Steps in a batch; the last one may be smaller
@@ -138,9 +156,9 @@ class RolloutReplayBuffer:
 
     def get(self, batch_size: int) -> Iterator[RolloutBufferSamples]:
         """
-        One pass over all steps of all rollouts in random order, without replacement.
+        One pass over the steps of all rollouts in random order, without replacement.
 
         :param batch_size: Steps in a minibatch; the last one may be smaller
         :return: Minibatches, each uniform over the whole buffer
         """
-        return shuffled_minibatches([rollout.tensors() for rollout in self.rollouts], batch_size)
+        return shuffled_minibatches([rollout.training_tensors() for rollout in self.rollouts], batch_size)

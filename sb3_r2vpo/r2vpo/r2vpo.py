@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from sb3_r2vpo.compilation import compiled
 from sb3_r2vpo.dual import DualVariable
 from sb3_r2vpo.minibatches import rollout_tensors, shuffled_minibatches
-from sb3_r2vpo.objectives import OBJECTIVES, ratio_statistics
+from sb3_r2vpo.objectives import OBJECTIVES, mean, ratio_statistics
 from sb3_r2vpo.optim import (
     FlatAdam,
     FlatState,
@@ -35,6 +35,7 @@ from sb3_r2vpo.optim import (
 )
 from sb3_r2vpo.r2vpo.evaluation import evaluate_actions
 from sb3_r2vpo.r2vpo.policies import CnnPolicy, MlpPolicy, MultiInputPolicy
+from sb3_r2vpo.rollout_replay import drop_padding
 
 SelfR2VPO = TypeVar("SelfR2VPO", bound="R2VPO")
 
@@ -71,7 +72,8 @@ class R2VPO(OnPolicyAlgorithm):
     :param dual_learning_rate: The step size ``eta`` of the adaptive multiplier, per minibatch. It should be small enough for
         the multiplier to hardly move within one update, whose first minibatches have ratios near one and whose last have not.
     :param objective: The policy objective: "r2vpo", or a baseline to compare with in the same loop: "ppo_clip", "clip_higher",
-        "gppo", "topr", "exact_kl", "spo" (see ``sb3_r2vpo.objectives``). The multiplier serves "r2vpo" only.
+        "gppo", "topr", "topr_token", "exact_kl", "spo" (see ``sb3_r2vpo.objectives``). The multiplier serves "r2vpo"
+        only.
     :param objective_kwargs: Coefficients of the baselines by their names in ``sb3_r2vpo.objectives``, numbers or schedules,
         such as ``{"clip_range": 0.1}``. ``None`` takes each one's default.
     :param clip_range_vf: Clipping parameter for the value function,
@@ -219,6 +221,9 @@ class R2VPO(OnPolicyAlgorithm):
         self._check_coefficients()
         # Built first: an invalid `var_coef` must not leave a half-made model
         dual = DualVariable(self.var_coef)
+        if self.rollout_buffer_class is None:
+            # Actions that are whole responses of a language model bring a buffer of sequences
+            self.rollout_buffer_class = getattr(self.action_space, "rollout_buffer_class", None)
         super()._setup_model()
         self.dual = dual.to(self.device)
         self.policy.optimizer = with_fewer_operations(self.policy.optimizer, flat=self.compile)
@@ -313,11 +318,12 @@ class R2VPO(OnPolicyAlgorithm):
             advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
 
         log_ratio = log_prob - rollout_data.old_log_prob
-        losses, ratio_stats = OBJECTIVES[self.objective](log_ratio, advantages, **coefficients)
-        loss = policy_loss = losses.mean()
+        objective = OBJECTIVES[self.objective]
+        losses, ratio_stats = objective(log_ratio, advantages, **coefficients, **self._sequence_arguments(log_ratio))
+        loss = policy_loss = self._reduce(losses, rollout_data)
 
         # Entropy favors exploration; -log_prob estimates it where there is no closed form
-        entropy_loss = -th.mean(-log_prob if entropy is None else entropy)
+        entropy_loss = -self._reduce(-log_prob if entropy is None else entropy, rollout_data)
         if self.ent_coef != 0:
             loss = loss + self.ent_coef * entropy_loss
 
@@ -330,9 +336,9 @@ class R2VPO(OnPolicyAlgorithm):
         loss = loss + self.vf_coef * value_loss
 
         parts = {
-            "log_ratio": log_ratio,
-            "ratio_variance": ratio_stats["ratio_variance"].mean(),
-            "approx_kl": ratio_stats["approx_kl"].mean(),
+            "log_ratio": drop_padding(log_ratio, rollout_data),
+            "ratio_variance": drop_padding(ratio_stats["ratio_variance"], rollout_data).mean(),
+            "approx_kl": drop_padding(ratio_stats["approx_kl"], rollout_data).mean(),
             "policy_gradient_loss": policy_loss,
             "value_loss": value_loss,
             "entropy_loss": entropy_loss,
@@ -417,9 +423,11 @@ class R2VPO(OnPolicyAlgorithm):
                     print(f"Early stopping at update {self._n_updates} due to reaching max kl")
                 break
 
-        if grad_norms := statistics["grad_norms"]:
-            refuse_nonfinite(th.stack(grad_norms))
-        self._log_statistics(statistics)
+        # A rollout of sequences may leave nothing to train on
+        if statistics:
+            if grad_norms := statistics["grad_norms"]:
+                refuse_nonfinite(th.stack(grad_norms))
+            self._log_statistics(statistics)
         if clip_range_vf is not None:
             self.logger.record("train/clip_range_vf", float(clip_range_vf))
         if self.dual.adaptive:
@@ -436,6 +444,16 @@ class R2VPO(OnPolicyAlgorithm):
                 f"This policy has {optimizer}, or parameters that it does not train. Pass `compile=False`, or change that."
             )
         return state
+
+    def _reduce(self, values: th.Tensor, rollout_data: RolloutBufferSamples) -> th.Tensor:
+        """Plain mean over steps; over the tokens of sequences, as their buffer says."""
+        mask = getattr(rollout_data, "mask", None)
+        return mean(values) if mask is None else self.rollout_buffer.reduce(values, mask)  # type: ignore[attr-defined]
+
+    def _sequence_arguments(self, log_ratio: th.Tensor) -> dict[str, th.Tensor]:
+        """TOPR tapers the tokens of a response by the ratio of the whole response; log-ratios are zero at padding."""
+        is_sequence = log_ratio.ndim == 2
+        return {"sequence_log_ratio": log_ratio.sum(-1, keepdim=True)} if is_sequence and self.objective == "topr" else {}
 
     def _check_rollout_is_finite(self) -> None:
         """A NaN reward must be refused before the update: SB3 notices it only once the weights are lost (GH issue #1593)."""
@@ -478,8 +496,8 @@ class R2VPO(OnPolicyAlgorithm):
             summary |= self._gradient_norms(th.stack(grad_norms))
         summary |= {name: th.stack(values) for name, values in statistics.items()}
         means = th.stack([values.mean() for values in summary.values()]).tolist()
-        for name, mean in zip(summary, means, strict=True):
-            self.logger.record(f"train/{name}", mean)
+        for name, value in zip(summary, means, strict=True):
+            self.logger.record(f"train/{name}", value)
         explained_var = explained_variance(self.rollout_buffer.values.flatten(), self.rollout_buffer.returns.flatten())
         self.logger.record("train/explained_variance", explained_var)
         if hasattr(self.policy, "log_std"):

@@ -19,7 +19,7 @@ from stable_baselines3.common.utils import obs_as_tensor
 from sb3_r2vpo.minibatches import shuffled_minibatches
 from sb3_r2vpo.objectives import ratio_minus_one
 from sb3_r2vpo.r2vpo.r2vpo import R2VPO
-from sb3_r2vpo.rollout_replay import RolloutReplayBuffer, StoredRollout, Timeouts
+from sb3_r2vpo.rollout_replay import RolloutReplayBuffer, StoredRollout, Timeouts, drop_padding
 
 SelfR2VPOOff = TypeVar("SelfR2VPOOff", bound="R2VPOOff")
 
@@ -153,8 +153,8 @@ class R2VPOOff(R2VPO):
 
     def _minibatches(self) -> Iterator[RolloutBufferSamples]:
         """The minibatches of one update: ``utd_ratio * n_epochs`` times those of one rollout, from the whole replay buffer."""
-        per_epoch = math.ceil(self.rollout_buffer.buffer_size * self.n_envs / self.batch_size)
-        rollouts = [rollout.tensors() for rollout in self.replay_buffer.rollouts]
+        rollouts = [rollout.training_tensors() for rollout in self.replay_buffer.rollouts]
+        per_epoch = math.ceil(len(rollouts[-1].old_log_prob) / self.batch_size)
         minibatches = chain.from_iterable(shuffled_minibatches(rollouts, self.batch_size) for _ in repeat(None))
         for _ in range(max(1, round(self.utd_ratio * self.n_epochs))):
             self._n_updates += 1
@@ -190,7 +190,7 @@ class R2VPOOff(R2VPO):
         for rollout_data in rollout.batches(EVALUATION_BATCH_SIZE):
             batch_values, log_prob, _ = self._evaluate_actions(rollout_data)
             values.append(batch_values)
-            deviations.append(ratio_minus_one(log_prob - rollout_data.old_log_prob))
+            deviations.append(drop_padding(ratio_minus_one(log_prob - rollout_data.old_log_prob), rollout_data))
         if self.recompute_advantages:
             rollout.update_values(
                 values=th.cat(values).cpu().numpy(),

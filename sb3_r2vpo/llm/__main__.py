@@ -1,0 +1,3 @@
+from sb3_r2vpo.llm.cli import main
+
+main()

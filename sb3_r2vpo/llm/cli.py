@@ -1,0 +1,187 @@
+"""Train, evaluate and sample language models.
+
+commands:
+  train      python -m sb3_r2vpo.llm train config.yml --folder logs/llm/chain_sum
+  eval       python -m sb3_r2vpo.llm eval config.yml --model logs/llm/chain_sum/model
+  generate   python -m sb3_r2vpo.llm generate config.yml --model logs/llm/chain_sum/model
+
+All of them read a YAML file; see examples/llm/*.yml. Its sections:
+  algorithm      name (r2vpo or r2vpo_off) and arguments of R2VPO or R2VPOOff
+  policy         arguments of CausalLMPolicy; `model` is a folder, a GGUF file, or a name on the Hugging Face hub
+  task           type (reasoning_gym, math or reward) and arguments of the task; `reward_function` is module:function
+  env            arguments of TokenVecEnv
+  n_responses    responses to train on
+  eval           n_problems and k, with sampling as in the paper's tests; eval_freq and save_freq, in batches of responses
+"""
+
+import argparse
+import importlib
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch as th
+import yaml
+from stable_baselines3.common.logger import configure
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from sb3_r2vpo.llm.checkpoint import CheckpointCallback, list_checkpoints, load_checkpoint
+from sb3_r2vpo.llm.evaluation import ResponseEvalCallback, evaluate_responses
+from sb3_r2vpo.llm.policy import CausalLMPolicy
+from sb3_r2vpo.llm.task import Problem
+from sb3_r2vpo.llm.tasks import MathTask, ReasoningGymTask, RewardTask, TextTask
+from sb3_r2vpo.llm.token_vec_env import TokenVecEnv
+from sb3_r2vpo.r2vpo import R2VPO, R2VPOOff
+
+ALGORITHMS: dict[str, type[R2VPO]] = {"r2vpo": R2VPO, "r2vpo_off": R2VPOOff}
+TASKS: dict[str, type[TextTask]] = {"reasoning_gym": ReasoningGymTask, "math": MathTask, "reward": RewardTask}
+SECTIONS = {"algorithm", "policy", "task", "env", "n_responses", "eval"}
+
+#: What differs from R2VPO's defaults for robots: one batch of responses a rollout, read once, with the groups' advantages.
+ALGORITHM_DEFAULTS = {"n_steps": 1, "n_epochs": 1, "normalize_advantage": False, "max_grad_norm": 1.0}
+EVAL_DEFAULTS = {"n_problems": 64, "k": 8, "eval_freq": 10, "save_freq": 10}
+
+
+def load_config(path: Path) -> dict[str, Any]:
+    """
+    :param path: A YAML file
+    :return: Its sections, with the defaults of ``algorithm`` and ``eval``
+    :raises ValueError: A section is missing or unknown.
+    """
+    config = yaml.safe_load(path.read_text())
+    if not isinstance(config, dict) or set(config) - SECTIONS or SECTIONS - {"eval"} - set(config):
+        found = sorted(config) if isinstance(config, dict) else config
+        raise ValueError(f"{path} must have the sections {', '.join(sorted(SECTIONS))}; it has {found}.")
+    config["algorithm"] = {**ALGORITHM_DEFAULTS, **config["algorithm"]}
+    config["eval"] = {**EVAL_DEFAULTS, **(config.get("eval") or {})}
+    return config
+
+
+def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
+    """
+    :param model: A folder, a GGUF file, or a name on the Hugging Face hub
+    :return: The model's tokenizer
+    """
+    if model.endswith(".gguf"):
+        return AutoTokenizer.from_pretrained(Path(model).parent, gguf_file=Path(model).name)
+    return AutoTokenizer.from_pretrained(model)
+
+
+def make_task(settings: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> TextTask:
+    """
+    :param settings: The section ``task``
+    :param tokenizer: The model's tokenizer
+    :return: The task
+    :raises ValueError: Its type is unknown.
+    """
+    settings = dict(settings)
+    kind = settings.pop("type", None)
+    if kind not in TASKS:
+        raise ValueError(f"The task's type is {kind!r}; it must be one of {', '.join(TASKS)}.")
+    if "reward_function" in settings:
+        module, _, function = settings["reward_function"].partition(":")
+        settings["reward_function"] = getattr(importlib.import_module(module), function)
+    return TASKS[kind](tokenizer=tokenizer, **settings)
+
+
+def held_out_problems(task: TextTask, n_problems: int) -> list[Problem]:
+    """
+    Take the last problems away from a task, to evaluate on.
+
+    :param task: The task; left with the others
+    :param n_problems: How many to take
+    :return: These
+    :raises ValueError: None would be left.
+    """
+    n_training = len(task.problems) - n_problems
+    if n_training < 1:
+        raise ValueError(f"The task has {len(task.problems)} problems; {n_problems} for evaluation leave none to train on.")
+    held_out = [task.problem(index) for index in range(n_training, len(task.problems))]
+    task.problems = task.problems[:n_training]
+    return held_out
+
+
+def train(config: dict[str, Any], folder: Path) -> None:
+    """
+    Train, or go on from the folder's latest checkpoint; then write the model as a Hugging Face folder ``model``.
+
+    :param config: From :func:`load_config`
+    :param folder: For checkpoints, TensorBoard and the model
+    """
+    tokenizer = load_tokenizer(config["policy"]["model"])
+    task = make_task(config["task"], tokenizer)
+    settings = config["eval"]
+    problems = held_out_problems(task, settings["n_problems"])
+    env, eval_env = TokenVecEnv(task, **config["env"]), TokenVecEnv(task, **{**config["env"], "group_size": settings["k"]})
+    arguments = dict(config["algorithm"])
+    algorithm = ALGORITHMS[arguments.pop("name")]
+    checkpoints = list_checkpoints(folder)
+    if checkpoints:
+        print(f"Going on from {checkpoints[-1]}")
+        model = load_checkpoint(algorithm, checkpoints[-1], env)
+    else:
+        model = algorithm(CausalLMPolicy, env, policy_kwargs=config["policy"], **arguments)
+    model.set_logger(configure(str(folder), ["stdout", "tensorboard"]))
+    callbacks = [
+        CheckpointCallback(folder, settings["save_freq"]),
+        ResponseEvalCallback(eval_env, problems, settings["eval_freq"]),
+    ]
+    remaining = config["n_responses"] - model.num_timesteps
+    if remaining > 0:
+        model.learn(remaining, callback=callbacks, reset_num_timesteps=not checkpoints)
+    model.policy.export(folder / "model", tokenizer)  # type: ignore[operator]
+
+
+def evaluation_setup(config: dict[str, Any], model: str | None) -> tuple[CausalLMPolicy, TokenVecEnv, list[Problem]]:
+    """
+    :param config: From :func:`load_config`
+    :param model: A model instead of the policy's own
+    :return: A policy, environments of ``k`` responses a problem, and the held-out problems
+    """
+    # What training adds to a model is merged into the exported one
+    source, model_kwargs = model or config["policy"]["model"], config["policy"].get("model_kwargs")
+    task = make_task(config["task"], load_tokenizer(source))
+    problems = held_out_problems(task, config["eval"]["n_problems"])
+    env = TokenVecEnv(task, **{**config["env"], "group_size": config["eval"]["k"]})
+    spaces = {"observation_space": env.observation_space, "action_space": env.action_space}
+    policy = CausalLMPolicy(**spaces, lr_schedule=lambda _: 0.0, model=source, model_kwargs=model_kwargs)  # type: ignore[arg-type]
+    return policy.to("cuda" if th.cuda.is_available() else "cpu"), env, problems
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """
+    :param arguments: Of the command line; ``None`` takes the process's own
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m sb3_r2vpo.llm", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("command", choices=["train", "eval", "generate"])
+    parser.add_argument("config", type=Path, help="YAML file")
+    parser.add_argument("--folder", type=Path, help="train: where to write; training goes on from what it finds there")
+    parser.add_argument("--model", help="eval, generate: a model instead of the one that training starts from")
+    parser.add_argument("-n", "--n-problems", type=int, help="eval, generate: number of held-out problems")
+    parser.add_argument("--num-threads", type=int, help="PyTorch threads; by default as many as PyTorch takes")
+    options = parser.parse_args(arguments)
+    if options.num_threads is not None:
+        th.set_num_threads(options.num_threads)
+    config = load_config(options.config)
+    if options.n_problems is not None:
+        config["eval"]["n_problems"] = options.n_problems
+    if options.command == "train":
+        folder = options.folder or Path("logs/llm") / options.config.stem
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copy(options.config, folder / "config.yml")
+        train(config, folder)
+        return
+    if options.command == "generate":
+        config["eval"]["k"] = 1
+    policy, env, problems = evaluation_setup(config, options.model)
+    evaluation, conversations = evaluate_responses(policy, env, problems)
+    if options.command == "generate":
+        for conversation in conversations:
+            print(env.task.decode(conversation.tokens), end="\n\n")
+    else:
+        print(json.dumps(asdict(evaluation), indent=2))

@@ -1,0 +1,8 @@
+"""Tasks for language models."""
+
+from sb3_r2vpo.llm.tasks.biased_teacher import BiasedTeacherTask
+from sb3_r2vpo.llm.tasks.math import MathTask
+from sb3_r2vpo.llm.tasks.reasoning_gym import ReasoningGymTask
+from sb3_r2vpo.llm.tasks.text import RewardTask, TextTask
+
+__all__ = ["BiasedTeacherTask", "MathTask", "ReasoningGymTask", "RewardTask", "TextTask"]
