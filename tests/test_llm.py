@@ -35,8 +35,16 @@ from sb3_r2vpo.llm.sequence_buffer import group_advantages  # noqa: E402
 
 EOS = 5
 N_TOKENS = 6
+
 LENGTHS = {"max_prompt_tokens": 4, "max_new_tokens": 6}
 SEQUENCES = {"n_steps": 1, "batch_size": 8, "n_epochs": 2, "normalize_advantage": False, "seed": 0, "device": "cpu"}
+
+
+@pytest.fixture(autouse=True)
+def seeds():
+    """Models and responses are drawn from the global generators, and some tests need a response that ends early."""
+    th.manual_seed(0)
+    np.random.seed(0)
 
 
 class Echo(Task):
