@@ -158,7 +158,8 @@ def test_objectives_differ():
     """Each name really selects another update, once ratios leave the clip range."""
     fast = {"n_epochs": 20, "learning_rate": 1e-2}
     results = []
-    for objective in OBJECTIVES:
+    # TOPR's two forms differ on sequences only
+    for objective in OBJECTIVES.keys() - {"topr_token"}:
         kwargs = {"kl_coef": 1.0} if objective == "exact_kl" else None
         model = R2VPO("MlpPolicy", "CartPole-v1", objective=objective, objective_kwargs=kwargs, **(SMALL | fast))
         results.append(th.cat([tensor.flatten() for tensor in weights(model.learn(64))]))
