@@ -388,6 +388,19 @@ def test_sequence_path_learns(algorithm):
     assert np.mean([info["r"] for info in model.ep_info_buffer]) > 0.8
 
 
+def test_topr_has_a_sequence_and_a_token_form():
+    """Negative tokens weigh by the ratio of the whole response in one form, by their own in the other."""
+    gradients = {}
+    for objective in ("topr", "topr_token"):
+        model = R2VPO(CausalLMPolicy, vec_env(), objective=objective, **SEQUENCES, policy_kwargs={"model": tiny_model()})
+        log_ratio = th.tensor([[-0.5, -0.25, 0.0]], requires_grad=True)
+        losses, _ = OBJECTIVES[objective](log_ratio, th.tensor([[-1.0]]), **model._sequence_arguments(log_ratio))
+        losses.sum().backward()
+        gradients[objective] = log_ratio.grad[0]
+    th.testing.assert_close(gradients["topr"], th.full((3,), math.exp(-0.75)))
+    th.testing.assert_close(gradients["topr_token"], th.tensor([math.exp(-0.5), math.exp(-0.25), 1.0]))
+
+
 def test_padding_takes_no_part():
     """The logged variance is that of tokens, and empty turns of conversations that are over are not trained on."""
     env = vec_env(Countdown(), n_prompts=8, max_turns=2, max_reply_tokens=1)

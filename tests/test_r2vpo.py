@@ -159,7 +159,7 @@ def test_objectives_differ():
     """Each name really selects another update, once ratios leave the clip range."""
     fast = {"n_epochs": 20, "learning_rate": 1e-2}
     results = []
-    # On single steps, the ratio of a token is that of the sequence
+    # TOPR's two forms differ on sequences only
     for objective in OBJECTIVES.keys() - {"topr_token"}:
         kwargs = {"kl_coef": 1.0} if objective == "exact_kl" else None
         model = R2VPO("MlpPolicy", "CartPole-v1", objective=objective, objective_kwargs=kwargs, **(SMALL | fast))
