@@ -1,9 +1,9 @@
 """Train, evaluate and sample language models.
 
 commands:
-  train      python -m sb3_r2vpo.llm train config.yml --folder logs/llm/chain_sum
-  eval       python -m sb3_r2vpo.llm eval config.yml --model logs/llm/chain_sum/model
-  generate   python -m sb3_r2vpo.llm generate config.yml --model logs/llm/chain_sum/model
+  train      r2vpo llm train config.yml --folder logs/llm/chain_sum
+  eval       r2vpo llm eval config.yml --model logs/llm/chain_sum/model
+  generate   r2vpo llm generate config.yml --model logs/llm/chain_sum/model
 
 All of them read a YAML file; see examples/llm/*.yml. Its sections:
   algorithm      name (r2vpo or r2vpo_off) and arguments of R2VPO or R2VPOOff
@@ -156,7 +156,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     :param arguments: Of the command line; ``None`` takes the process's own
     """
     parser = argparse.ArgumentParser(
-        prog="python -m sb3_r2vpo.llm", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="r2vpo llm", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("command", choices=["train", "eval", "generate"])
     parser.add_argument("config", type=Path, help="YAML file")

@@ -6,6 +6,7 @@ commands:
   tune           r2vpo tune --env CartPole-v1 -n 50000 --n-trials 50
   record-video   r2vpo record-video --env CartPole-v1 -n 500
   plot           r2vpo plot logs/r2vpo logs/ppo
+  llm            r2vpo llm train config.yml --folder logs/llm/run       language models, see `r2vpo llm --help`
 
 Options are the Zoo's: `r2vpo <command> --help` lists them, with more examples. Algorithms are r2vpo (the default), r2vpo_off
 and all of the Zoo's; environments are Gymnasium's and the DeepMind Control Suite's, such as dm_control/walker-run-v0.
@@ -131,6 +132,14 @@ def plot(arguments: Sequence[str]) -> None:
     print(f"Wrote {options.output}")
 
 
+def llm(arguments: Sequence[str]) -> None:
+    """Train, evaluate and sample language models: pip install sb3-r2vpo[llm]"""
+    # Not at the top: its packages are an extra, and slow to import
+    from sb3_r2vpo.llm import cli
+
+    cli.main(arguments)
+
+
 def _train(command: str, arguments: Sequence[str]) -> None:
     """Run the Zoo's training script, with EnvPool among its kinds of environments, which its own parser does not know."""
     parser = argparse.ArgumentParser(prog=f"r2vpo {command}", add_help=False, allow_abbrev=False)
@@ -155,6 +164,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "tune": tune,
     "record-video": record_video,
     "plot": plot,
+    "llm": llm,
 }
 
 
