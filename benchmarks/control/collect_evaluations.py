@@ -30,7 +30,7 @@ def read_run(run: Path) -> list[dict[str, object]]:
             "timesteps": int(steps),
             "mean_return": round(float(episodes.mean()), 2),
             "std_return": round(float(episodes.std()), 2),
-            "n_episodes": len(episodes),
+            "returns": " ".join(f"{episode:.1f}" for episode in episodes),
             "versions": " ".join(f"{name}={version(name)}" for name in PACKAGES),
         }
         for steps, episodes in zip(timesteps, returns, strict=True)
