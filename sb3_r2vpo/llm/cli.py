@@ -1,9 +1,9 @@
 """Train, evaluate and sample language models.
 
-commands:
-  train      r2vpo llm train config.yml --folder logs/llm/chain_sum
-  eval       r2vpo llm eval config.yml --model logs/llm/chain_sum/model
-  generate   r2vpo llm generate config.yml --model logs/llm/chain_sum/model
+examples:
+  r2vpo llm train config.yml --folder logs/llm/chain_sum
+  r2vpo llm eval config.yml --model logs/llm/chain_sum/model
+  r2vpo llm generate config.yml --model logs/llm/chain_sum/model
 
 All of them read a YAML file; see examples/llm/*.yml. Its sections:
   algorithm      name (r2vpo or r2vpo_off) and arguments of R2VPO or R2VPOOff
