@@ -103,7 +103,7 @@ def tiny_model(vocab_size: int = 8, seed: int = 0, **kwargs) -> transformers.Lla
 
 
 def vec_env(task: Task | None = None, n_prompts: int = 4, **kwargs) -> TokenVecEnv:
-    return TokenVecEnv(task or Echo(), n_prompts, group_size=4, **{**LENGTHS, **kwargs})
+    return TokenVecEnv(task or Echo(), n_prompts, group_size=4, **{**LENGTHS, "seed": 0, **kwargs})
 
 
 def make_policy(env: TokenVecEnv | TokenEnv, model=None, **kwargs) -> CausalLMPolicy:
