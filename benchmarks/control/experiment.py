@@ -1,0 +1,162 @@
+"""One training run of a method on a task, and its evaluations: what `benchmark.py` repeats."""
+
+import copy
+import json
+import platform
+import time
+import warnings
+from dataclasses import dataclass, field
+from functools import cache
+from importlib.metadata import version
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch as th
+import yaml
+from sb3_contrib import TRPO
+from stable_baselines3 import PPO
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.evaluation import evaluate_policy
+from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
+from stable_baselines3.common.vec_env import VecNormalize, sync_envs_normalization
+
+from sb3_r2vpo import R2VPO, R2VPOOff
+from sb3_r2vpo.envs import EnvPoolVecEnv
+
+TASKS = (
+    "cartpole-swingup",
+    "cartpole-swingup_sparse",
+    "ball_in_cup-catch",
+    "walker-run",
+    "cheetah-run",
+    "finger-spin",
+    "reacher-hard",
+    "hopper-hop",
+    "fish-swim",
+    "acrobot-swingup",
+)
+N_EVALUATIONS, N_EVAL_EPISODES = 20, 10
+PACKAGES = ("sb3-r2vpo", "stable-baselines3", "torch", "envpool")
+
+Settings = dict[str, Any]
+
+
+@cache
+def shipped_settings(algo: str) -> Settings:
+    """What `r2vpo train --algo ALGO --env dm_control/...` takes for every task of the benchmark."""
+    shipped = yaml.safe_load(Path(str(files("sb3_r2vpo.hyperparams").joinpath(f"{algo}.yml"))).read_text())
+    settings = [shipped[f"dm_control/{task}-v0"] for task in TASKS]
+    if any(other != settings[0] for other in settings):
+        raise ValueError(
+            f"hyperparams/{algo}.yml has different settings for different tasks; the benchmark is of one for all."
+        )
+    return settings[0]
+
+
+@dataclass(frozen=True)
+class Method:
+    """An algorithm, the shipped settings it starts from, and what it has of its own."""
+
+    algorithm: type[OnPolicyAlgorithm]
+    shipped: str = "ppo"
+    #: Shipped settings that the algorithm does not have
+    without: tuple[str, ...] = ("clip_range",)
+    own: Settings = field(default_factory=dict)
+
+    @property
+    def settings(self) -> Settings:
+        shared = {name: value for name, value in shipped_settings(self.shipped).items() if name not in self.without}
+        return {**shared, **self.own}
+
+
+METHODS: dict[str, Method] = {
+    "ppo": Method(PPO, without=()),
+    "r2vpo": Method(R2VPO, "r2vpo", without=()),
+    "r2vpo_off": Method(R2VPOOff, "r2vpo_off", without=()),
+    "r2vpo_fixed": Method(R2VPO, own={"var_coef": 1.0}),
+    "spo": Method(R2VPO, own={"objective": "spo", "objective_kwargs": {"clip_range": 0.2}}),
+    "exact_kl": Method(R2VPO, own={"objective": "exact_kl", "objective_kwargs": {"kl_coef": 1.0}}),
+    "trpo": Method(TRPO, without=("clip_range", "n_epochs"), own={"target_kl": 0.01}),
+}
+
+
+class Evaluations(BaseCallback):
+    """Evaluates at even intervals, the last time after the last update, and keeps what the update before it logged."""
+
+    STATISTICS = ("std", "ratio_variance", "ratio_max", "ess", "var_coef", "approx_kl", "clip_fraction", "explained_variance")
+
+    def __init__(self, eval_env: VecNormalize, every: int) -> None:
+        super().__init__()
+        self.eval_env, self.every = eval_env, every
+        self.rows: list[dict[str, Any]] = []
+
+    def _on_step(self) -> bool:
+        # The last one has its place in `_on_training_end`
+        if self.num_timesteps // self.every > len(self.rows) and len(self.rows) < N_EVALUATIONS - 1:
+            self.evaluate()
+        return True
+
+    def _on_training_end(self) -> None:
+        self.evaluate()
+
+    def evaluate(self) -> None:
+        sync_envs_normalization(self.training_env, self.eval_env)
+        returns, _ = evaluate_policy(self.model, self.eval_env, N_EVAL_EPISODES, return_episode_rewards=True)
+        logged = self.logger.name_to_value
+        self.rows.append(
+            {
+                "timesteps": self.num_timesteps,
+                "mean_return": round(float(np.mean(returns)), 2),
+                "std_return": round(float(np.std(returns)), 2),
+                **{name: f"{logged[f'train/{name}']:.4g}" if f"train/{name}" in logged else "" for name in self.STATISTICS},
+                "cpu_seconds": round(time.process_time() - self.start_cpu, 1),
+            }
+        )
+
+    def _on_training_start(self) -> None:
+        self.start_cpu = time.process_time()
+
+
+def processor() -> str:
+    """The processor's name, which `platform.processor()` leaves empty on most Linux systems."""
+    cpuinfo = Path("/proc/cpuinfo")
+    names = [line.split(":")[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def train(algorithm: type[OnPolicyAlgorithm], settings: Settings, task: str, seed: int, n_timesteps: int) -> list[Settings]:
+    """
+    Train once, on one thread.
+
+    :param algorithm: The algorithm's class
+    :param settings: Its arguments, ``n_envs`` and ``normalize``, as in ``hyperparams/``
+    :param task: A task of the DeepMind Control Suite, such as "cheetah-run"
+    :param seed: Seed of the training; evaluations have episodes of their own
+    :param n_timesteps: Environment steps, over all environments
+    :return: A row for each evaluation
+    """
+    warnings.filterwarnings("ignore", message=".*truncated mini-batch")
+    th.set_num_threads(1)
+    arguments = copy.deepcopy(settings)
+    n_envs, normalize = arguments.pop("n_envs"), arguments.pop("normalize")
+    arguments.pop("n_timesteps", None)
+    env_id = f"dm_control/{task}-v0"
+    env = VecNormalize(
+        EnvPoolVecEnv(env_id, n_envs, seed=seed, num_threads=1, stagger=True), gamma=arguments["gamma"], **normalize
+    )
+    eval_env = VecNormalize(
+        EnvPoolVecEnv(env_id, N_EVAL_EPISODES, seed=10_000 + seed, num_threads=1), training=False, norm_reward=False
+    )
+    model = algorithm(env=env, seed=seed, device="cpu", **arguments)
+    evaluations = Evaluations(eval_env, n_timesteps // N_EVALUATIONS)
+    model.learn(n_timesteps, callback=evaluations)
+    env.close()
+    eval_env.close()
+    constants = {
+        "settings": json.dumps(settings, sort_keys=True),
+        "versions": " ".join(f"{name}={version(name)}" for name in PACKAGES),
+        "processor": processor(),
+    }
+    return [{"task": task, "seed": seed, **row, **constants} for row in evaluations.rows]

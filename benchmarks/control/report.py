@@ -1,0 +1,178 @@
+"""Tables and figures of results/evaluations.csv in the manner of rliable (https://arxiv.org/abs/2108.13264).
+
+    python benchmarks/control/report.py
+
+Rewrites the tables in README.md beside this file, and figures/. Scores are returns divided by 1000, the most a task of the
+Control Suite can give.
+"""
+
+import csv
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+from experiment import METHODS, N_EVALUATIONS, TASKS
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from rliable import library, metrics
+
+HERE = Path(__file__).parent
+N_BOOTSTRAPS = 2_000
+MAX_RETURN = 1000.0
+LABELS = {
+    "ppo": "PPO",
+    "r2vpo": "R2VPO",
+    "r2vpo_off": "R2VPOOff",
+    "r2vpo_fixed": "R2VPO, fixed λ",
+    "spo": "SPO",
+    "exact_kl": "exact KL",
+    "trpo": "TRPO",
+}
+
+#: Score of each evaluation of each run: an array of shape (seeds, tasks, evaluations) for each method
+Scores = dict[str, np.ndarray]
+
+
+def read_evaluations() -> list[dict[str, str]]:
+    with (HERE / "results" / "evaluations.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def complete_scores(rows: list[dict[str, str]]) -> Scores:
+    """Methods with at least one seed on every task; seeds beyond those that all of its tasks have are left out."""
+    curves: dict[tuple[str, str], dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for row in rows:
+        curves[row["method"], row["task"]][int(row["seed"])].append(float(row["mean_return"]) / MAX_RETURN)
+    scores = {}
+    for method in METHODS:
+        seeds = sorted(set.intersection(*(set(curves[method, task]) for task in TASKS)))
+        if seeds:
+            scores[method] = np.array([[curves[method, task][seed][:N_EVALUATIONS] for task in TASKS] for seed in seeds])
+    return scores
+
+
+def interval(scores: dict[str, np.ndarray], statistic) -> dict[str, tuple[float, float, float]]:
+    """A statistic of each, with the ends of its 95% stratified bootstrap interval."""
+    estimates, intervals = library.get_interval_estimates(
+        scores, lambda *x: np.array([statistic(*x)]), reps=N_BOOTSTRAPS, random_state=np.random.RandomState(0)
+    )
+    return {name: (float(estimates[name][0]), *map(float, intervals[name][:, 0])) for name in scores}
+
+
+def summary_table(scores: Scores, cpu_seconds: dict[str, float]) -> list[list[str]]:
+    final = {method: curves[..., -1] for method, curves in scores.items()}
+    iqm = interval(final, metrics.aggregate_iqm)
+    collapse = {method: curves.max(axis=-1) - curves[..., -1] for method, curves in scores.items()}
+    baseline = final.get("ppo")
+    improvement = {}
+    if baseline is not None:
+        pairs = {method: (score, baseline) for method, score in final.items() if method != "ppo"}
+        improvement = interval(pairs, metrics.probability_of_improvement) if pairs else {}
+    header = [
+        "method", "seeds", "IQM (95% interval)", "over PPO", "mean", "P(better than PPO)",
+        "steps to PPO's IQM", "best minus final", "CPU seconds a run",
+    ]  # fmt: skip
+    table = [header]
+    for method, curves in scores.items():
+        path = np.array([metrics.aggregate_iqm(curves[..., i]) for i in range(curves.shape[-1])])
+        reached = np.flatnonzero(path >= iqm["ppo"][0]) if "ppo" in iqm else []
+        table.append(
+            [
+                LABELS[method],
+                str(len(curves)),
+                "{:.3f} ({:.3f} to {:.3f})".format(*iqm[method]),
+                f"{iqm[method][0] / iqm['ppo'][0]:.2f}" if "ppo" in iqm else "",
+                f"{final[method].mean():.3f}",
+                "{:.2f} ({:.2f} to {:.2f})".format(*improvement[method]) if method in improvement else "",
+                f"{(reached[0] + 1) / len(path):.0%}" if len(reached) else "not reached",
+                f"{collapse[method].mean():.3f}",
+                f"{cpu_seconds[method]:.0f}",
+            ]
+        )
+    return table
+
+
+def task_table(scores: Scores) -> list[list[str]]:
+    """Final return, mean and standard deviation over seeds."""
+    table = [["task", *(LABELS[method] for method in scores)]]
+    for i, task in enumerate(TASKS):
+        finals = [MAX_RETURN * curves[:, i, -1] for curves in scores.values()]
+        best = max(final.mean() for final in finals)
+        cells = [f"{final.mean():.0f} ± {final.std():.0f}" for final in finals]
+        table.append(
+            [task, *(f"**{cell}**" if final.mean() == best else cell for cell, final in zip(cells, finals, strict=True))]
+        )
+    return table
+
+
+def draw_tasks(scores: Scores) -> None:
+    figure, axes = plt.subplots(2, 5, figsize=(15, 5.6), sharex=True, layout="constrained")
+    for i, (ax, task) in enumerate(zip(axes.flat, TASKS, strict=True)):
+        for method, curves in scores.items():
+            mean, std = MAX_RETURN * curves[:, i].mean(axis=0), MAX_RETURN * curves[:, i].std(axis=0)
+            draw_curve(ax, method, mean, mean - std, mean + std)
+        ax.set_title(task)
+    axes[0, 0].legend()
+    figure.supxlabel("million steps")
+    figure.supylabel("return, mean ± standard deviation of seeds")
+    save(figure, "tasks")
+
+
+def draw_aggregates(scores: Scores) -> None:
+    figure, (curve_ax, profile_ax) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    for method, curves in scores.items():
+        points = {str(i): curves[..., i] for i in range(curves.shape[-1])}
+        bands = np.array(list(interval(points, metrics.aggregate_iqm).values())).T
+        draw_curve(curve_ax, method, *bands)
+    curve_ax.set(xlabel="million steps", ylabel="IQM of scores, 95% interval", title="Sample efficiency")
+    curve_ax.legend()
+    thresholds = np.linspace(0.0, 1.0, 101)
+    final = {method: curves[..., -1] for method, curves in scores.items()}
+    profiles, bands = library.create_performance_profile(final, thresholds, reps=2000)
+    for method, profile in profiles.items():
+        (line,) = profile_ax.plot(thresholds, profile, label=LABELS[method])
+        profile_ax.fill_between(thresholds, *bands[method], color=line.get_color(), alpha=0.15, linewidth=0)
+    profile_ax.set(xlabel="score", ylabel="part of runs with more than this score", title="Performance profiles")
+    for ax in (curve_ax, profile_ax):
+        ax.grid(alpha=0.3)
+    save(figure, "aggregates")
+
+
+def draw_curve(ax: Axes, method: str, middle: np.ndarray, low: np.ndarray, high: np.ndarray) -> None:
+    steps = np.arange(1, len(middle) + 1) / len(middle)
+    (line,) = ax.plot(steps, middle, label=LABELS[method])
+    ax.fill_between(steps, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
+    ax.grid(alpha=0.3)
+
+
+def save(figure: plt.Figure, name: str) -> None:
+    folder = HERE / "figures"
+    folder.mkdir(exist_ok=True)
+    figure.savefig(folder / f"{name}.png", dpi=100)
+    plt.close(figure)
+
+
+def write_readme(tables: dict[str, list[list[str]]]) -> None:
+    """Put the tables between their markers in README.md."""
+    path = HERE / "README.md"
+    text = path.read_text()
+    for name, (header, *lines) in tables.items():
+        start, end = f"<!-- {name} -->\n", f"\n<!-- /{name} -->"
+        before, rest = text.split(start)
+        rows = [header, ["---"] * len(header), *lines]
+        text = before + start + "\n".join(f"| {' | '.join(row)} |" for row in rows) + end + rest.split(end)[1]
+    path.write_text(text)
+
+
+def main() -> None:
+    rows = read_evaluations()
+    scores = complete_scores(rows)
+    last = {(row["method"], row["task"], row["seed"]): float(row["cpu_seconds"]) for row in rows}
+    cpu_seconds = {method: float(np.mean([s for key, s in last.items() if key[0] == method])) for method in scores}
+    write_readme({"summary": summary_table(scores, cpu_seconds), "tasks": task_table(scores)})
+    draw_tasks(scores)
+    draw_aggregates(scores)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,91 @@
+"""The runner and the report of `benchmarks/control`: nothing runs twice, and the statistics are those of rows made by hand."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("envpool")
+pytest.importorskip("rliable")
+FOLDER = Path(__file__).parents[1] / "benchmarks" / "control"
+sys.path.insert(0, str(FOLDER))
+
+import benchmark  # noqa: E402
+import experiment  # noqa: E402
+import report  # noqa: E402
+
+
+@pytest.fixture
+def evaluations(tmp_path, monkeypatch) -> Path:
+    path = tmp_path / "evaluations.csv"
+    monkeypatch.setattr(benchmark, "EVALUATIONS", path)
+    return path
+
+
+def rows_of(method: str, task: str, seed: int, final: float) -> list[dict[str, object]]:
+    """A run that rises linearly to its final score."""
+    n = experiment.N_EVALUATIONS
+    return [
+        {"method": method, "task": task, "seed": seed, "mean_return": final * 1000 * (i + 1) / n, "cpu_seconds": i}
+        for i in range(n)
+    ]
+
+
+def test_finished_runs_are_not_run_again(evaluations):
+    benchmark.append_rows(evaluations, rows_of("ppo", "cheetah-run", 1, 0.5))
+    benchmark.append_rows(evaluations, rows_of("r2vpo", "cheetah-run", 0, 0.5))
+    assert len(evaluations.read_text().splitlines()) == 1 + 2 * experiment.N_EVALUATIONS
+    open_runs = set(benchmark.planned_runs(["ppo", "r2vpo"], ["cheetah-run"], 2)) - benchmark.finished_runs()
+    assert open_runs == {benchmark.Run(0, "cheetah-run", "ppo"), benchmark.Run(1, "cheetah-run", "r2vpo")}
+
+
+def test_every_method_has_a_first_seed_before_any_has_a_second():
+    seeds = [run.seed for run in benchmark.planned_runs(experiment.METHODS, experiment.TASKS, None)]
+    assert seeds == sorted(seeds)
+    assert len(seeds) == len(experiment.TASKS) * sum(benchmark.N_SEEDS.values())
+
+
+def test_a_run_is_reproducible_and_evaluated_at_even_intervals():
+    method = experiment.METHODS["r2vpo_off"]
+    settings = {**method.settings, "n_envs": 4, "n_steps": 32, "batch_size": 64, "n_epochs": 1}
+    first, second = (experiment.train(method.algorithm, settings, "cartpole-swingup", 0, 2560) for _ in range(2))
+    assert [row["timesteps"] for row in first] == [128 * i for i in range(1, 21)]
+    assert {(row["task"], row["seed"]) for row in first} == {("cartpole-swingup", 0)}
+    assert first[0]["ratio_variance"] == ""  # before the first update
+    assert float(first[-1]["ratio_variance"]) > 0
+    for row in (*first, *second):
+        del row["cpu_seconds"]
+    assert first == second
+
+
+def test_methods_share_ppos_settings_but_for_their_own():
+    ppo = experiment.METHODS["ppo"].settings
+    for name in ("spo", "exact_kl", "r2vpo_fixed"):
+        settings = experiment.METHODS[name].settings
+        own = experiment.METHODS[name].own
+        assert settings == {**{key: value for key, value in ppo.items() if key != "clip_range"}, **own}
+
+
+def test_report_on_rows_made_by_hand(monkeypatch):
+    monkeypatch.setattr(report, "N_BOOTSTRAPS", 50)
+    rows = [
+        {name: str(value) for name, value in row.items()}
+        for task in experiment.TASKS
+        for seed in range(3)
+        for method, final in (("ppo", 0.5), ("r2vpo", 0.75))
+        for row in rows_of(method, task, seed, final)
+    ]
+    # A seed that is missing on other tasks takes no part
+    rows += [{name: str(value) for name, value in row.items()} for row in rows_of("ppo", "cheetah-run", 3, 0.9)]
+    scores = report.complete_scores(rows)
+    assert {method: curves.shape for method, curves in scores.items()} == {"ppo": (3, 10, 20), "r2vpo": (3, 10, 20)}
+    np.testing.assert_allclose(scores["r2vpo"][:, :, -1], 0.75)
+    header, ppo, r2vpo = report.summary_table(scores, {"ppo": 1.0, "r2vpo": 2.0})
+    columns = dict(zip(header, r2vpo, strict=True))
+    assert dict(zip(header, ppo, strict=True))["IQM (95% interval)"] == "0.500 (0.500 to 0.500)"
+    assert columns["over PPO"] == "1.50"
+    assert columns["P(better than PPO)"] == "1.00 (1.00 to 1.00)"
+    # 0.5 is two thirds of 0.75: the first evaluation beyond it is the 14th of 20
+    assert columns["steps to PPO's IQM"] == "70%"
+    assert columns["best minus final"] == "0.000"
