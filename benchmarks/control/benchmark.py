@@ -1,6 +1,6 @@
 """Tuned PPO, R2VPO and their kin on ten tasks of the DeepMind Control Suite.
 
-    python benchmarks/control/benchmark.py study ppo          an Optuna study of one method, on three tasks
+    python benchmarks/control/benchmark.py study              an Optuna study of each main method, on three tasks
     python benchmarks/control/benchmark.py run                all runs that are not in results/evaluations.csv yet
     python benchmarks/control/benchmark.py status             what is done and what is missing
     python benchmarks/control/report.py                       tables and figures
@@ -34,12 +34,12 @@ from tqdm import tqdm
 from sb3_r2vpo import R2VPO
 
 RESULTS = Path(__file__).parent / "results"
-EVALUATIONS, TRIALS, STUDIES = RESULTS / "evaluations.csv", RESULTS / "trials.csv", RESULTS / "studies.log"
+EVALUATIONS, STUDIES = RESULTS / "evaluations.csv", RESULTS / "studies.log"
 MAIN_METHODS = ("ppo", "r2vpo", "r2vpo_off")
 N_SEEDS = {method: 5 if method in MAIN_METHODS else 3 for method in METHODS}
 N_TIMESTEPS = 1_000_000
 
-STUDY_TASKS = ("walker-run", "cheetah-run", "reacher-hard")
+STUDY_TASKS = ("cheetah-run", "finger-spin", "reacher-hard")
 STUDY_TIMESTEPS = 300_000
 #: Seeds of the studies, which the comparison does not use
 STUDY_SEED = 1000
@@ -79,6 +79,11 @@ def planned_runs(methods: Iterable[str], tasks: Iterable[str], seeds: int | None
     )
 
 
+def fresh_processes(workers: int) -> ProcessPoolExecutor:
+    """A new process for each run: EnvPool does not give back all memory of the environments that it has closed."""
+    return ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), max_tasks_per_child=1)
+
+
 def execute(run: Run, n_timesteps: int) -> tuple[Run, list[Settings]]:
     method = METHODS[run.method]
     return run, train(method.algorithm, method.settings, run.task, run.seed, n_timesteps)
@@ -90,7 +95,7 @@ def run(args: argparse.Namespace) -> None:
     open_runs = [run for run in planned if run not in done]
     print(f"{len(planned) - len(open_runs)} of {len(planned)} runs are done.")
     with (
-        ProcessPoolExecutor(args.workers, mp_context=multiprocessing.get_context("spawn")) as workers,
+        fresh_processes(args.workers) as workers,
         tqdm(total=len(planned), initial=len(planned) - len(open_runs), unit="run") as progress,
     ):
         futures = [workers.submit(execute, run, args.timesteps) for run in open_runs]
@@ -109,14 +114,15 @@ def status(args: argparse.Namespace) -> None:
 
 
 def shared_space(trial: optuna.Trial) -> Settings:
-    """What every method is tuned over: the size of a rollout and what is made of it."""
+    """What every method is tuned over: how much is collected for an update, and what is made of it."""
     return {
         "n_envs": trial.suggest_categorical("n_envs", [16, 32, 64]),
         "batch_size": trial.suggest_categorical("batch_size", [128, 256, 512]),
         "n_epochs": trial.suggest_categorical("n_epochs", [5, 10, 20]),
         "learning_rate": trial.suggest_float("learning_rate", 1e-4, 1e-3, log=True),
-        "gamma": trial.suggest_categorical("gamma", [0.98, 0.99, 0.995]),
-        "gae_lambda": trial.suggest_categorical("gae_lambda", [0.9, 0.95, 0.98]),
+        "gamma": trial.suggest_categorical("gamma", [0.98, 0.99]),
+        "gae_lambda": trial.suggest_categorical("gae_lambda", [0.9, 0.95]),
+        "ent_coef": trial.suggest_categorical("ent_coef", [0.0, 0.003, 0.01]),
     }
 
 
@@ -131,7 +137,7 @@ def r2vpo_space(trial: optuna.Trial) -> Settings:
 def r2vpo_off_space(trial: optuna.Trial) -> Settings:
     return {
         **shared_space(trial),
-        "target_variance": trial.suggest_float("target_variance", 0.02, 0.2, log=True),
+        "target_variance": trial.suggest_float("target_variance", 0.02, 0.3, log=True),
         "replay_capacity": trial.suggest_categorical("replay_capacity", [2, 4, 8]),
     }
 
@@ -141,9 +147,35 @@ SPACES: dict[str, Callable[[optuna.Trial], Settings]] = {
     "r2vpo": r2vpo_space,
     "r2vpo_off": r2vpo_off_space,
 }
+#: Where every study begins: the settings of the first runs, and smaller rollouts in smaller minibatches
+STARTS = (
+    {
+        "n_envs": 64,
+        "batch_size": 512,
+        "n_epochs": 10,
+        "learning_rate": 3e-4,
+        "gamma": 0.99,
+        "gae_lambda": 0.95,
+        "ent_coef": 0.0,
+    },
+    {
+        "n_envs": 16,
+        "batch_size": 256,
+        "n_epochs": 20,
+        "learning_rate": 3e-4,
+        "gamma": 0.99,
+        "gae_lambda": 0.95,
+        "ent_coef": 0.003,
+    },
+)
+OWN_STARTS = {
+    "ppo": {"clip_range": 0.2},
+    "r2vpo": {"target_variance": 0.03},
+    "r2vpo_off": {"target_variance": 0.1, "replay_capacity": 4},
+}
 
 
-def trial_score(trial: optuna.Trial, method_name: str) -> float:
+def trial_score(trial: optuna.Trial, method_name: str, workers: int) -> float:
     """Mean return over the study's tasks and the last quarter of the evaluations."""
     method = METHODS[method_name]
     settings = {**method.settings, **SPACES[method_name](trial)}
@@ -152,38 +184,43 @@ def trial_score(trial: optuna.Trial, method_name: str) -> float:
         # Bit for bit SB3's PPO, up to rounding where it is compiled, in half of the time
         algorithm = R2VPO
         settings |= {"objective": "ppo_clip", "objective_kwargs": {"clip_range": settings.pop("clip_range")}}
-    if issubclass(algorithm, R2VPO):
-        settings["compile"] = True
+    settings["compile"] = True
+    seed = STUDY_SEED + trial.number
+    with fresh_processes(workers) as pool:
+        futures = [pool.submit(train, algorithm, settings, task, seed, STUDY_TIMESTEPS) for task in STUDY_TASKS]
     scores = []
-    for task in STUDY_TASKS:
-        rows = train(algorithm, settings, task, STUDY_SEED + trial.number, STUDY_TIMESTEPS)
+    for task, future in zip(STUDY_TASKS, futures, strict=True):
+        rows = future.result()
         scores.append(float(np.mean([row["mean_return"] for row in rows[-len(rows) // 4 :]])))
         trial.set_user_attr(task, round(scores[-1], 1))
-    trial.set_user_attr("cpu_seconds", rows[-1]["cpu_seconds"])
+        trial.set_user_attr(f"{task} cpu_seconds", rows[-1]["cpu_seconds"])
     return float(np.mean(scores))
 
 
-def study(args: argparse.Namespace) -> None:
-    (method,) = args.methods
-    RESULTS.mkdir(exist_ok=True)
+def open_study(method: str, seed: int | None = None) -> optuna.Study:
+    """A study of ``results/studies.log``; with a seed, one to go on with."""
+    storage = JournalStorage(JournalFileBackend(str(STUDIES)))
+    if seed is None:
+        return optuna.load_study(study_name=method, storage=storage)
+    sampler = optuna.samplers.TPESampler(n_startup_trials=8, multivariate=True, seed=seed)
     optuna_study = optuna.create_study(
-        study_name=method,
-        storage=JournalStorage(JournalFileBackend(str(STUDIES))),
-        sampler=optuna.samplers.TPESampler(n_startup_trials=8, multivariate=True, seed=args.seed),
-        direction="maximize",
-        load_if_exists=True,
+        study_name=method, storage=storage, sampler=sampler, direction="maximize", load_if_exists=True
     )
-    # Both starting points are every method's: the settings of the first runs, and smaller rollouts in smaller minibatches
-    shared = {"n_epochs": 10, "learning_rate": 3e-4, "gamma": 0.99, "gae_lambda": 0.95}
-    own = {
-        name: METHODS[method].settings[name] for name in ("clip_range", "target_variance") if name in METHODS[method].settings
-    }
-    for start in ({"n_envs": 64, "batch_size": 512}, {"n_envs": 16, "batch_size": 256}):
-        optuna_study.enqueue_trial({**start, **shared, **own}, skip_if_exists=True)
-    remaining = args.trials - sum(trial.state.is_finished() for trial in optuna_study.trials)
-    if remaining > 0:
-        optuna_study.optimize(partial(trial_score, method_name=method), n_trials=remaining, catch=(RuntimeError, ValueError))
-    print(f"Best of {args.trials} trials: {optuna_study.best_value:.1f}, {optuna_study.best_params}")
+    for start in STARTS:
+        optuna_study.enqueue_trial({**start, **OWN_STARTS[method]}, skip_if_exists=True)
+    return optuna_study
+
+
+def study(args: argparse.Namespace) -> None:
+    """Trials of all methods in turn, so that their budgets are equal whenever it is stopped."""
+    studies = {method: open_study(method, args.seed) for method in args.methods}
+    for n_trials in range(1, args.trials + 1):
+        for method, optuna_study in studies.items():
+            if sum(trial.state.is_finished() for trial in optuna_study.trials) < n_trials:
+                score = partial(trial_score, method_name=method, workers=args.workers)
+                optuna_study.optimize(score, n_trials=1, catch=(RuntimeError, ValueError))
+    for method, optuna_study in studies.items():
+        print(f"{method}: {optuna_study.best_value:.1f} with {optuna_study.best_params}")
 
 
 def main() -> None:
@@ -197,12 +234,15 @@ def main() -> None:
     runner = commands.choices["run"]
     runner.add_argument("--seeds", type=int, help="seeds of each method (default: 5 of the main methods, 3 of the others)")
     runner.add_argument("--timesteps", type=int, default=N_TIMESTEPS)
-    runner.add_argument("--workers", type=int, default=os.cpu_count(), help="processes of one thread (default: one a core)")
     tuner = commands.add_parser("study")
     tuner.set_defaults(command=study)
-    tuner.add_argument("methods", nargs=1, choices=SPACES)
+    tuner.add_argument("--methods", nargs="+", choices=SPACES, default=list(SPACES))
     tuner.add_argument("--trials", type=int, default=16)
     tuner.add_argument("--seed", type=int, default=0, help="of the sampler; processes that share a study take different ones")
+    for subparser in (runner, tuner):
+        subparser.add_argument(
+            "--workers", type=int, default=os.cpu_count(), help="processes of one thread each (default: one a core)"
+        )
     args = parser.parse_args()
     args.command(args)
 
