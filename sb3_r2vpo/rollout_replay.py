@@ -1,7 +1,9 @@
 """First-in-first-out replay of whole rollouts, with the log-probabilities under the policies that generated them."""
 
+import math
 from collections import deque
 from collections.abc import Iterator
+from itertools import chain, islice, repeat
 
 import numpy as np
 import torch as th
@@ -154,11 +156,16 @@ class RolloutReplayBuffer:
         """:return: Pairs of staleness (0 is the newest; counted in rollouts) and rollout, the newest first"""
         return enumerate(reversed(self.rollouts))
 
-    def get(self, batch_size: int) -> Iterator[RolloutBufferSamples]:
+    def passes(self, batch_size: int, n_passes: int) -> Iterator[Iterator[RolloutBufferSamples]]:
         """
-        One pass over the steps of all rollouts in random order, without replacement.
+        Minibatches of all rollouts in random order: no step a second time before all have been drawn.
 
-        :param batch_size: Steps in a minibatch; the last one may be smaller
-        :return: Minibatches, each uniform over the whole buffer
+        :param batch_size: Steps in a minibatch; the last one of all steps may be smaller
+        :param n_passes: Number of passes, each of as many minibatches as the newest rollout has
+        :return: For each pass its minibatches, uniform over the whole buffer; to be drawn before those of the next
         """
-        return shuffled_minibatches([rollout.training_tensors() for rollout in self.rollouts], batch_size)
+        # Made once, however many passes there are
+        rollouts = [rollout.training_tensors() for rollout in self.rollouts]
+        per_pass = math.ceil(len(rollouts[-1].old_log_prob) / batch_size)
+        minibatches = chain.from_iterable(shuffled_minibatches(rollouts, batch_size) for _ in repeat(None))
+        return (islice(minibatches, per_pass) for _ in range(n_passes))

@@ -411,7 +411,7 @@ def test_padding_takes_no_part():
     assert (lengths == 0).any()
     assert (lengths[buffer.selected_indices] > 0).all()
     assert len(buffer.selected_indices) == (lengths > 0).sum()
-    for batch in model.replay_buffer.get(8):
+    for batch in next(model.replay_buffer.passes(8, n_passes=1)):
         assert batch.mask.any(-1).all()
         assert (batch.old_log_prob[~batch.mask] == 0).all()
     # Both turns of a conversation have one advantage

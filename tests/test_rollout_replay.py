@@ -48,7 +48,7 @@ def test_capacity_one_yields_the_minibatches_of_the_rollout_buffer(observation_s
     replay = RolloutReplayBuffer(1)
     replay.add(store(buffer))
     np.random.seed(1)
-    ours = list(replay.get(batch_size=4))
+    ours = list(next(replay.passes(batch_size=4, n_passes=1)))
     np.random.seed(1)
     theirs = list(buffer.get(batch_size=4))
     assert len(ours) == len(theirs) == 4
@@ -62,7 +62,7 @@ def test_capacity_one_yields_the_minibatches_of_the_rollout_buffer(observation_s
 
 
 @pytest.mark.parametrize("observation_space", [OBSERVATION_SPACE, DICT_SPACE])
-def test_one_pass_visits_every_step_of_every_rollout_once(observation_space):
+def test_every_step_of_every_rollout_is_drawn_once_before_any_is_drawn_again(observation_space):
     rng = np.random.default_rng(0)
     buffer, replay = make_buffer(observation_space), RolloutReplayBuffer(3)
     expected = []
@@ -70,7 +70,9 @@ def test_one_pass_visits_every_step_of_every_rollout_once(observation_space):
         fill(buffer, rng)
         expected.append(buffer.log_probs.flatten())
         replay.add(store(buffer))
-    samples = list(replay.get(batch_size=8))
+    passes = [list(minibatches) for minibatches in replay.passes(batch_size=8, n_passes=3)]
+    assert [len(minibatches) for minibatches in passes] == [2, 2, 2]
+    samples = [minibatch for minibatches in passes for minibatch in minibatches]
     assert [len(s.old_log_prob) for s in samples] == [8, 8, 8, 8, 8, 5]
     drawn = np.concatenate([s.old_log_prob.numpy() for s in samples])
     np.testing.assert_array_equal(np.sort(drawn), np.sort(np.concatenate(expected)))
@@ -91,7 +93,8 @@ def test_minibatches_mix_all_rollouts_uniformly():
         replay.add(store(buffer))
     np.random.seed(0)
     # The first minibatch of many passes: half of it from each rollout on average
-    newest = [(next(replay.get(batch_size=10)).old_log_prob > 500).float().mean().item() for _ in range(300)]
+    first = [next(next(replay.passes(batch_size=10, n_passes=1))).old_log_prob for _ in range(300)]
+    newest = [(log_prob > 500).float().mean().item() for log_prob in first]
     assert np.mean(newest) == pytest.approx(0.5, abs=0.03)
 
 

@@ -5,7 +5,6 @@ import math
 import pathlib
 from collections.abc import Iterator
 from copy import deepcopy
-from itertools import chain, islice, repeat
 from typing import Any, TypeVar
 
 import numpy as np
@@ -16,7 +15,6 @@ from stable_baselines3.common.save_util import load_from_pkl, save_to_pkl
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, RolloutBufferSamples, Schedule
 from stable_baselines3.common.utils import obs_as_tensor
 
-from sb3_r2vpo.minibatches import shuffled_minibatches
 from sb3_r2vpo.objectives import ratio_minus_one
 from sb3_r2vpo.r2vpo.r2vpo import R2VPO
 from sb3_r2vpo.rollout_replay import RolloutReplayBuffer, StoredRollout, Timeouts, drop_padding
@@ -153,12 +151,10 @@ class R2VPOOff(R2VPO):
 
     def _minibatches(self) -> Iterator[RolloutBufferSamples]:
         """The minibatches of one update: ``utd_ratio * n_epochs`` times those of one rollout, from the whole replay buffer."""
-        rollouts = [rollout.training_tensors() for rollout in self.replay_buffer.rollouts]
-        per_epoch = math.ceil(len(rollouts[-1].old_log_prob) / self.batch_size)
-        minibatches = chain.from_iterable(shuffled_minibatches(rollouts, self.batch_size) for _ in repeat(None))
-        for _ in range(max(1, round(self.utd_ratio * self.n_epochs))):
+        n_passes = max(1, round(self.utd_ratio * self.n_epochs))
+        for minibatches in self.replay_buffer.passes(self.batch_size, n_passes):
             self._n_updates += 1
-            yield from islice(minibatches, per_epoch)
+            yield from minibatches
 
     def train(self) -> None:
         """Put the current rollout into the replay buffer, bring the older ones up to date, and update the policy on all."""
