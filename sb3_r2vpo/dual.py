@@ -76,7 +76,6 @@ class DualVariable(nn.Module):
             raise ValueError(f"The `var_coef` schedule returned {value} at progress_remaining={progress_remaining:.4f}.")
         self.value.fill_(max(0.0, value))
 
-    @th.no_grad()
     def step(self, ratio_variance: th.Tensor, target_variance: float | th.Tensor, learning_rate: float) -> None:
         """
         One step of dual ascent, Eq. 10: ``lambda <- max(0, lambda + eta (V - epsilon))``; a fixed multiplier is left as it is.
@@ -88,8 +87,8 @@ class DualVariable(nn.Module):
         :param learning_rate: ``eta``, in units of normalised advantage per unit of variance.
         """
         if self.adaptive:
-            violation = (ratio_variance - target_variance).clamp(max=MAX_VIOLATION)
-            self.value.add_(learning_rate * violation).clamp_(min=0.0)
+            violation = (ratio_variance.detach() - target_variance).clamp(max=MAX_VIOLATION)
+            self.value.add_(violation, alpha=learning_rate).clamp_(min=0.0)
 
     def extra_repr(self) -> str:
         return f"value={self.value.item():.4g}, adaptive={self.adaptive}"

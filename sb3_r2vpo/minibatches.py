@@ -1,6 +1,6 @@
 """Minibatches of rollouts, cut from tensors that are made once an update and shuffled once an epoch."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from copy import copy
 from functools import partial
 from typing import Any
@@ -43,15 +43,21 @@ def rollout_tensors(buffer: RolloutBuffer) -> RolloutBufferSamples:
     return flat._get_samples(slice(None))  # type: ignore[arg-type]
 
 
+def _split_field(field: Any, batch_size: int) -> Iterable[Any]:
+    if isinstance(field, dict):
+        parts = zip(*(tensor.split(batch_size) for tensor in field.values()), strict=True)
+        return (dict(zip(field, part, strict=True)) for part in parts)
+    return field.split(batch_size)
+
+
 def split(samples: RolloutBufferSamples, batch_size: int) -> Iterator[RolloutBufferSamples]:
     """
     :param samples: Any number of steps
     :param batch_size: Steps in a batch; the last one may be smaller
     :return: Consecutive batches; their tensors are views
     """
-    for start in range(0, len(samples.old_log_prob), batch_size):
-        steps = slice(start, start + batch_size)
-        yield type(samples)(*(map_field(lambda tensor, steps=steps: tensor[steps], field) for field in samples))
+    batches = [_split_field(field, batch_size) for field in samples]
+    yield from map(type(samples), *batches)
 
 
 def shuffled_minibatches(rollouts: Sequence[RolloutBufferSamples], batch_size: int) -> Iterator[RolloutBufferSamples]:

@@ -1,13 +1,33 @@
 """Clipping and stepping with few operations: for small networks their number, not their size, is what an update costs."""
 
-from collections.abc import Callable, Iterable, Sequence
+import math
+import operator
+from collections.abc import Callable, Sequence
+from itertools import repeat
 from typing import Any, NamedTuple
 
 import torch as th
-from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
+from torch.nn import functional as F
 
 #: Options of ``th.optim.Adam`` that are left to it.
 _PLAIN_OPTIONS = ["amsgrad", "capturable", "decoupled_weight_decay", "differentiable", "foreach", "fused", "maximize"]
+
+#: Parameters begin at multiples of so many elements in the common tensors, with zeros in between: matrix products of other
+#: alignment than that of PyTorch's allocator, 64 bytes, may be rounded differently.
+_ALIGNMENT = 16
+
+
+def _together(tensors: list[th.Tensor]) -> tuple[th.Tensor, tuple[th.Tensor, ...]]:
+    """A copy of tensors of any shapes in one, and the views of it that belong to each."""
+    sizes = [tensor.numel() + _padding(tensor) for tensor in tensors]
+    flat = tensors[0].new_zeros(sum(sizes))
+    views = tuple(part[: t.numel()].view_as(t) for part, t in zip(flat.split(sizes), tensors, strict=True))
+    th._foreach_copy_(views, tensors)
+    return flat, views
+
+
+def _padding(tensor: th.Tensor) -> int:
+    return -tensor.numel() % _ALIGNMENT
 
 
 class FlatState(NamedTuple):
@@ -15,11 +35,15 @@ class FlatState(NamedTuple):
 
     betas: tuple[float, float]
     eps: float
+    #: A scalar, for the compiled step: the host's number would be a constant of its code
+    learning_rate: th.Tensor
     #: Number of steps, once for each parameter
     step: th.Tensor
+    gradient: th.Tensor
     exp_avg: th.Tensor
     exp_avg_sq: th.Tensor
     denominator: th.Tensor
+    gradients: tuple[th.Tensor, ...]
     exp_avgs: tuple[th.Tensor, ...]
     denominators: tuple[th.Tensor, ...]
 
@@ -55,22 +79,46 @@ class FlatAdam(th.optim.Adam):
 
     @th.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        group = self.param_groups[0]
-        gradients = [parameter.grad for parameter in group["params"]]
-        if closure is not None or any(gradient is None for gradient in gradients) or (flat := self.flatten()) is None:
+        has_hooks = self._optimizer_step_pre_hooks or self._optimizer_step_post_hooks
+        if closure is not None or has_hooks or self.gather_gradients() is None:
             self._flat = None
             return super().step(closure)
 
+        assert self._flat is not None
+        group, flat = self.param_groups[0], self._flat
         beta1, beta2 = group["betas"]
         step = flat.step.add_(1)[0].item()
-        gradient = _flatten_dense_tensors(gradients)
-        flat.exp_avg.lerp_(gradient, 1 - beta1)
-        flat.exp_avg_sq.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+        flat.exp_avg.lerp_(flat.gradient, 1 - beta1)
+        flat.exp_avg_sq.mul_(beta2).addcmul_(flat.gradient, flat.gradient, value=1 - beta2)
         th.sqrt(flat.exp_avg_sq, out=flat.denominator).div_((1 - beta2**step) ** 0.5).add_(group["eps"])
         # The parameters themselves stay separate tensors: nobody expects those of a module to share memory
         step_size = group["lr"] / (1 - beta1**step)
         th._foreach_addcdiv_(group["params"], flat.exp_avgs, flat.denominators, -step_size)
         return None
+
+    # `Optimizer` would wrap it into profiling and hooks, which take as long as the step itself
+    step.hooked = True  # type: ignore[attr-defined]
+
+    def gather_gradients(self) -> th.Tensor | None:
+        """
+        Move the gradients into one tensor, if they are not there already: each parameter's ``grad`` becomes a view of it.
+
+        :return: That tensor; ``None``, and nothing is moved, where parameters can't be treated alike
+        """
+        flat, parameters = self.flatten(), self.param_groups[0]["params"]
+        gradients = [parameter.grad for parameter in parameters]
+        if flat is None or any(map(operator.is_, gradients, repeat(None))):
+            return None
+        if not all(map(operator.is_, gradients, flat.gradients)):
+            th._foreach_copy_(flat.gradients, gradients)
+            self.share_gradients()
+        return flat.gradient
+
+    def share_gradients(self) -> None:
+        """Let each parameter's ``grad`` be a view of one tensor, whose values are to be set; see :meth:`gather_gradients`."""
+        if (flat := self.flatten()) is not None:
+            for parameter, gradient in zip(self.param_groups[0]["params"], flat.gradients, strict=True):
+                parameter.grad = gradient
 
     def flatten(self) -> FlatState | None:
         """
@@ -92,46 +140,36 @@ class FlatAdam(th.optim.Adam):
             return None
         zeros = [th.zeros_like(parameter) for parameter in parameters]
         step = th.tensor([float(state.get("step", 0)) for state in states], device=parameters[0].device)
-        exp_avg, exp_avg_sq = (
-            _flatten_dense_tensors([state.get(name, zero) for state, zero in zip(states, zeros, strict=True)])
+        (exp_avg, exp_avgs), (exp_avg_sq, exp_avg_sqs) = (
+            _together([state.get(name, zero) for state, zero in zip(states, zeros, strict=True)])
             for name in ("exp_avg", "exp_avg_sq")
         )
-        denominator = th.empty_like(exp_avg)
-        exp_avgs, exp_avg_sqs, denominators = (
-            _unflatten_dense_tensors(tensor, parameters) for tensor in (exp_avg, exp_avg_sq, denominator)
-        )
+        (gradient, gradients), (denominator, denominators) = _together(zeros), _together(zeros)
         for state, *views in zip(states, step, exp_avgs, exp_avg_sqs, strict=True):
             state["step"], state["exp_avg"], state["exp_avg_sq"] = views
-        self._flat = FlatState(group["betas"], group["eps"], step, exp_avg, exp_avg_sq, denominator, exp_avgs, denominators)
+        self._flat = FlatState(
+            betas=group["betas"], eps=group["eps"], learning_rate=step.new_tensor(float(group["lr"])), step=step,
+            gradient=gradient, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq, denominator=denominator,
+            gradients=gradients, exp_avgs=exp_avgs, denominators=denominators,
+        )  # fmt: skip
         return self._flat
 
 
-def adam_step(
-    parameters: list[th.nn.Parameter],
-    gradients: Sequence[th.Tensor],
-    state: FlatState,
-    learning_rate: th.Tensor,
-    accept: th.Tensor,
-) -> None:
+def flat_state(optimizer: th.optim.Optimizer, parameters: Sequence[th.nn.Parameter]) -> FlatState:
     """
-    :class:`FlatAdam`'s step made of tensors only, to be compiled together with what computes the gradients.
-
-    :param parameters: All parameters, changed in place
-    :param gradients: One for each
-    :param state: Changed in place
-    :param learning_rate: A scalar
-    :param accept: A boolean scalar: if false, nothing changes, whatever the gradients are
+    :param optimizer: Any optimizer
+    :param parameters: All parameters of the policy
+    :return: The optimizer's state in the form that :func:`descend_by_tensors` takes, at the current learning rate
+    :raises ValueError: It has no such state, or not for all parameters.
     """
-    gradient = th.where(accept, th.cat([gradient.flatten() for gradient in gradients]), 0.0)
-    state.step.add_(accept)
-    step, (beta1, beta2) = state.step[0], state.betas
-    state.exp_avg.lerp_(gradient, th.where(accept, 1 - beta1, 0.0))
-    state.exp_avg_sq.lerp_(gradient.square(), th.where(accept, 1 - beta2, 0.0))
-    denominator = (state.exp_avg_sq / (1 - beta2**step)).sqrt() + state.eps
-    change = th.where(accept, learning_rate / (1 - beta1**step) * state.exp_avg / denominator, 0.0)
-    sizes = [parameter.numel() for parameter in parameters]
-    for parameter, part in zip(parameters, change.split(sizes), strict=True):
-        parameter.sub_(part.view_as(parameter))
+    state = optimizer.flatten() if isinstance(optimizer, FlatAdam) else None
+    if state is None or list(map(id, parameters)) != list(map(id, optimizer.param_groups[0]["params"])):
+        raise ValueError(
+            "`compile=True` compiles Adam along with the rest, with `lr`, `betas` and `eps` for options. "
+            f"This policy has {optimizer}, or parameters that it does not train. Pass `compile=False`, or change that."
+        )
+    state.learning_rate.fill_(optimizer.param_groups[0]["lr"])
+    return state
 
 
 def with_fewer_operations(optimizer: th.optim.Optimizer, flat: bool = False) -> th.optim.Optimizer:
@@ -151,24 +189,87 @@ def with_fewer_operations(optimizer: th.optim.Optimizer, flat: bool = False) -> 
     return optimizer
 
 
-@th.no_grad()
-def clip_gradients(parameters: Iterable[th.nn.Parameter], max_norm: float) -> tuple[th.Tensor, th.Tensor]:
+def clip_coefficient(norms: th.Tensor, max_norm: float) -> tuple[th.Tensor, th.Tensor]:
     """
-    ``th.nn.utils.clip_grad_norm_``, bit for bit, that also returns what it is computed from.
+    The factor of ``th.nn.utils.clip_grad_norm_``, bit for bit.
 
-    :param parameters: Those without a gradient count as zero
+    :param norms: Norm of each parameter's gradient
     :param max_norm: Largest norm of all gradients together
-    :return: That norm before clipping, and the norm of each parameter's gradient
+    :return: What to multiply the gradients with, and whether all of them are finite: boolean, a scalar
     """
-    parameters = list(parameters)
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    norms = th.stack(th._foreach_norm(gradients))
     total_norm = th.linalg.vector_norm(norms)
-    th._foreach_mul_(gradients, (max_norm / (total_norm + 1e-6)).clamp(max=1.0))
+    # Python's division would do the same, more slowly
+    return (max_norm * (total_norm + 1e-6).reciprocal()).clamp(max=1.0), total_norm < math.inf
+
+
+def descend(
+    optimizer: th.optim.Optimizer, parameters: Sequence[th.nn.Parameter], max_norm: float, may_step: th.Tensor | None
+) -> tuple[th.Tensor, th.Tensor]:
+    """
+    Clip the gradients and make one step, unless one of them is NaN or infinite, which one step would spread to all weights.
+
+    The host reads whether to step; with a fused optimizer (``fused=True``), which decides on its own, it does not, so that it
+    needn't wait for the device.
+
+    :param optimizer: Any optimizer
+    :param parameters: All parameters; those without a gradient count as zero
+    :param max_norm: Largest norm of all gradients together
+    :param may_step: A boolean scalar, a further condition of the step; ``None`` for none
+    :return: Whether the step was made, and the norm of each parameter's gradient before clipping
+    """
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    flat = optimizer.gather_gradients() if isinstance(optimizer, FlatAdam) else None
+    norms = th.stack(th._foreach_norm(gradients))
+    clip_coef, accept = clip_coefficient(norms, max_norm)
+    if may_step is not None:
+        accept &= may_step
+    if optimizer.param_groups[0].get("fused"):
+        # The convention of `torch.amp.GradScaler`
+        optimizer.found_inf = (~accept).float()  # type: ignore[attr-defined]
+        th._foreach_mul_(gradients, clip_coef)
+        optimizer.step()
+        optimizer.found_inf = None  # type: ignore[attr-defined]
+    elif accept:
+        th._foreach_mul_(gradients if flat is None else [flat], clip_coef)
+        optimizer.step()
     if len(gradients) < len(parameters):
         has_gradient = th.tensor([parameter.grad is not None for parameter in parameters], device=norms.device)
         norms = norms.new_zeros(len(parameters)).masked_scatter(has_gradient, norms)
-    return total_norm, norms
+    return accept, norms
+
+
+def descend_by_tensors(
+    loss: th.Tensor, parameters: Sequence[th.nn.Parameter], state: FlatState, max_norm: float, may_step: th.Tensor | None
+) -> tuple[th.Tensor, th.Tensor]:
+    """
+    Gradients and :func:`descend` with :class:`FlatAdam` without a decision of the host's, to be compiled.
+
+    :param loss: Any scalar that depends on the parameters
+    :param parameters: All of the optimizer's, changed in place; those that the loss does not depend on count as zero
+    :param state: The optimizer's, changed in place
+    :param max_norm: Largest norm of all gradients together
+    :param may_step: A boolean scalar, a further condition of the step; ``None`` for none
+    :return: Whether the step was made, and the norm of each parameter's gradient before clipping
+    """
+    gradients = th.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
+    with th.no_grad():
+        norms = th.stack([th.linalg.vector_norm(gradient) for gradient in gradients])
+        clip_coef, accept = clip_coefficient(norms, max_norm)
+        if may_step is not None:
+            accept &= may_step
+        # If not accepted, nothing changes, whatever the gradients are
+        flat = th.cat([F.pad(gradient.flatten(), (0, _padding(gradient))) for gradient in gradients])
+        gradient = th.where(accept, clip_coef * flat, 0.0)
+        state.step.add_(accept)
+        step, (beta1, beta2) = state.step[0], state.betas
+        state.exp_avg.lerp_(gradient, th.where(accept, 1 - beta1, 0.0))
+        state.exp_avg_sq.lerp_(gradient.square(), th.where(accept, 1 - beta2, 0.0))
+        denominator = (state.exp_avg_sq / (1 - beta2**step)).sqrt() + state.eps
+        change = th.where(accept, state.learning_rate / (1 - beta1**step) * state.exp_avg / denominator, 0.0)
+        parts = change.split([parameter.numel() + _padding(parameter) for parameter in parameters])
+        for parameter, part in zip(parameters, parts, strict=True):
+            parameter.sub_(part[: parameter.numel()].view_as(parameter))
+    return accept, norms
 
 
 def refuse_nonfinite(norms: th.Tensor) -> None:
@@ -181,22 +282,3 @@ def refuse_nonfinite(norms: th.Tensor) -> None:
             "The gradient is non-finite (NaN or infinite); the step was not made, the weights are finite. Extreme rewards or "
             "observations do this: wrap the environment in `stable_baselines3.common.vec_env.VecNormalize`."
         )
-
-
-def step_if_finite(optimizer: th.optim.Optimizer, total_norm: th.Tensor) -> None:
-    """
-    One step, unless a gradient is NaN or infinite, which one step would spread to all weights.
-
-    :param optimizer: Any optimizer
-    :param total_norm: Norm of all gradients
-    :raises RuntimeError: The norm is not finite. A fused optimizer (``fused=True``) skips the step on its own, with no error,
-        so that the host needn't wait for the device: look at the norms after the last of many steps.
-    """
-    if optimizer.param_groups[0].get("fused"):
-        # The convention of `torch.amp.GradScaler`
-        optimizer.found_inf = (~total_norm.isfinite()).float()  # type: ignore[attr-defined]
-        optimizer.step()
-        optimizer.found_inf = None  # type: ignore[attr-defined]
-    else:
-        refuse_nonfinite(total_norm)
-        optimizer.step()

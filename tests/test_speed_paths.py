@@ -9,50 +9,22 @@ import numpy as np
 import pytest
 import torch as th
 from gymnasium import spaces
+from helpers import SMALL, VECTOR, RandomEnv, logged, weights
 from stable_baselines3 import PPO
 from stable_baselines3.common.buffers import DictRolloutBuffer, RolloutBuffer
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.utils import LinearSchedule
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sb3_r2vpo import R2VPO, R2VPOOff
 from sb3_r2vpo.minibatches import rollout_tensors, shuffled_minibatches
-from sb3_r2vpo.optim import FlatAdam, clip_gradients
+from sb3_r2vpo.optim import FlatAdam, descend
 from sb3_r2vpo.r2vpo.evaluation import evaluate_actions
+from sb3_r2vpo.r2vpo.plain_mlp import PlainMlp, is_plain_mlp
 
-SMALL = {"n_steps": 32, "batch_size": 16, "n_epochs": 2, "seed": 0, "device": "cpu"}
-
-
-class RandomEnv(gym.Env):
-    """Random observations and rewards of any spaces; episodes of 7 steps, cut off by a time limit or ended."""
-
-    def __init__(self, observation_space: spaces.Space, action_space: spaces.Space) -> None:
-        self.observation_space, self.action_space = copy.deepcopy(observation_space), action_space
-        self.steps = 0
-
-    def reset(self, *, seed=None, options=None):
-        super().reset(seed=seed)
-        if seed is not None:
-            self.observation_space.seed(seed)
-        return self.observation_space.sample(), {}
-
-    def step(self, action):
-        self.steps += 1
-        ends = self.steps % 7 == 0
-        return self.observation_space.sample(), float(self.np_random.normal()), ends and self.steps % 2 == 0, ends, {}
-
-
-VECTOR = spaces.Box(-1, 1, (3,), dtype=np.float32)
 IMAGE = spaces.Box(0, 255, (36, 36, 1), dtype=np.uint8)
 ACTION_SPACES = [spaces.Box(-2, 2, (2,)), spaces.Discrete(3), spaces.MultiDiscrete([2, 3]), spaces.MultiBinary(3)]
-
-
-def weights(model) -> list[th.Tensor]:
-    return [tensor.clone() for tensor in model.policy.state_dict().values()]
-
-
-def flatten_weights(model) -> th.Tensor:
-    return th.cat([tensor.flatten().float() for tensor in weights(model)])
 
 
 # --- minibatches -------------------------------------------------------------------------------------------------------
@@ -123,6 +95,83 @@ def test_evaluation_is_that_of_the_policy_bit_for_bit(action_space, share_featur
     assert all(th.equal(a, b) for a, b in zip(*results, strict=True))
 
 
+@pytest.mark.parametrize("policy_kwargs", [{}, {"activation_fn": th.nn.ReLU, "net_arch": [7]}, {"net_arch": {"vf": [5, 4]}}])
+@pytest.mark.parametrize("observation_space", [VECTOR, spaces.Discrete(4)], ids=lambda space: type(space).__name__)
+@pytest.mark.parametrize("action_space", [*ACTION_SPACES[:2], spaces.Box(-1, 1, (6,))], ids=str)
+@pytest.mark.parametrize("has_entropy", [True, False])
+def test_gradients_by_hand_are_those_of_autograd_bit_for_bit(observation_space, action_space, policy_kwargs, has_entropy):
+    policy = ActorCriticPolicy(observation_space, action_space, lambda _: 1e-3, **policy_kwargs)
+    observations, actions = (
+        th.as_tensor(np.stack([space.sample() for _ in range(50)])) for space in (observation_space, action_space)
+    )
+    factors = th.randn(50)
+
+    def loss(values, log_prob, entropy) -> th.Tensor:
+        return (values.flatten() * factors).mean() + (log_prob.exp() * factors).mean() + has_entropy * 0.3 * entropy.mean()
+
+    expected = policy.evaluate_actions(observations, actions)
+    loss(*expected).backward()
+    gradients = [parameter.grad for parameter in policy.parameters()]
+
+    assert is_plain_mlp(policy)
+    FlatAdam(policy.parameters()).share_gradients()
+    by_hand = PlainMlp(policy)
+    results = by_hand.evaluate_actions(observations, actions)
+    by_hand.backward(loss(*results))
+    assert all(th.equal(a, b.flatten()) for a, b in zip(results[:2], expected[:2], strict=True))
+    # The sum over dimensions of the action is rounded otherwise
+    th.testing.assert_close(results[2], expected[2])
+    for (name, parameter), gradient in zip(policy.named_parameters(), gradients, strict=True):
+        assert th.equal(parameter.grad, gradient), name
+
+
+def change_layer(policy) -> None:
+    policy.mlp_extractor.policy_net[2] = th.nn.Sequential(policy.mlp_extractor.policy_net[2])
+
+
+def change_activation(policy) -> None:
+    policy.mlp_extractor.value_net[1] = th.nn.ELU()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        change_layer,
+        change_activation,
+        lambda policy: policy.log_std.requires_grad_(False),
+        lambda policy: policy.register_parameter("temperature", th.nn.Parameter(th.ones(1))),
+        lambda policy: policy.value_net.register_forward_hook(lambda *_: None),
+        lambda policy: policy.value_net.bias.register_hook(lambda gradient: gradient * 2),
+        lambda policy: setattr(policy, "features_extractor", th.nn.Identity()),
+    ],
+)
+def test_policies_that_are_left_to_autograd(change):
+    """And train there."""
+    model = R2VPO("MlpPolicy", "Pendulum-v1", **SMALL).learn(32)
+    assert is_plain_mlp(model.policy)
+    change(model.policy)
+    assert not is_plain_mlp(model.policy)
+    before = weights(model)
+    model.train()
+    assert not th.equal(weights(model), before)
+
+
+@pytest.mark.parametrize("settings", [{"use_sde": True}, {"policy_kwargs": {"log_std_init": -1, "activation_fn": th.nn.ELU}}])
+def test_variants_of_the_policy_that_are_left_to_autograd(settings):
+    assert not is_plain_mlp(R2VPO("MlpPolicy", "Pendulum-v1", **settings).policy)
+
+
+@pytest.mark.parametrize("optimizer_class", [th.optim.Adam, th.optim.SGD, th.optim.AdamW])
+def test_by_hand_is_as_by_autograd_with_any_optimizer(optimizer_class, monkeypatch):
+    results = []
+    for by_hand in (True, False):
+        monkeypatch.setattr("sb3_r2vpo.r2vpo.r2vpo.is_plain_mlp", lambda policy, by_hand=by_hand: by_hand)
+        policy_kwargs = {"optimizer_class": optimizer_class}
+        model = R2VPO("MlpPolicy", "Pendulum-v1", ent_coef=0.01, policy_kwargs=policy_kwargs, **SMALL).learn(96)
+        results.append(weights(model))
+    assert th.equal(*results)
+
+
 def test_an_overridden_evaluation_is_used():
     class Shifted(ActorCriticPolicy):
         def evaluate_actions(self, obs, actions):
@@ -143,14 +192,19 @@ def networks() -> list[th.nn.Module]:
     return [network, copy.deepcopy(network)]
 
 
-def train(network, optimizer, n_steps, clip=th.nn.utils.clip_grad_norm_) -> None:
+def clip_and_step(optimizer, parameters, max_norm, may_step) -> None:
+    """What :func:`descend` stands for."""
+    th.nn.utils.clip_grad_norm_(parameters, max_norm)
+    optimizer.step()
+
+
+def train(network, optimizer, n_steps, descend=clip_and_step) -> None:
     th.manual_seed(1)
     for step in range(n_steps):
         optimizer.param_groups[0]["lr"] = 1e-2 / (step + 1)
         optimizer.zero_grad()
         network(th.randn(20, 5)).square().mean().backward()
-        clip(network.parameters(), 0.1)
-        optimizer.step()
+        descend(optimizer, list(network.parameters()), 0.1, None)
 
 
 def assert_same(a: th.nn.Module, b: th.nn.Module) -> None:
@@ -160,7 +214,7 @@ def assert_same(a: th.nn.Module, b: th.nn.Module) -> None:
 def test_flat_adam_is_adam_bit_for_bit():
     plain, flat = networks()
     train(plain, th.optim.Adam(plain.parameters(), eps=1e-5), 50)
-    train(flat, FlatAdam(flat.parameters(), eps=1e-5), 50, clip_gradients)
+    train(flat, FlatAdam(flat.parameters(), eps=1e-5), 50, descend)
     assert_same(plain, flat)
 
 
@@ -193,7 +247,7 @@ def test_parameters_without_a_gradient():
     for network in (plain, flat):
         network[2].requires_grad_(False)
     train(plain, th.optim.Adam(plain.parameters()), 5)
-    train(flat, FlatAdam(flat.parameters()), 5, clip_gradients)
+    train(flat, FlatAdam(flat.parameters()), 5, descend)
     # Thawed later: its number of steps differs from the others'
     for network in (plain, flat):
         network[2].requires_grad_(True)
@@ -201,8 +255,28 @@ def test_parameters_without_a_gradient():
     train(plain, optimizers[0], 5)
     train(flat, optimizers[1], 5)
     assert_same(plain, flat)
-    total_norm, norms = clip_gradients(flat.parameters(), math.inf)
-    th.testing.assert_close(norms.square().sum().sqrt(), total_norm)
+
+
+def test_parameters_without_a_gradient_have_a_norm_of_zero():
+    network, _ = networks()
+    network(th.ones(5)).backward()
+    network[2].weight.grad = None
+    parameters = list(network.parameters())
+    accepted, norms = descend(th.optim.SGD(parameters, lr=0.1), parameters, math.inf, None)
+    assert accepted
+    expected = [0.0 if parameter.grad is None else parameter.grad.norm() for parameter in parameters]
+    th.testing.assert_close(norms, th.tensor(expected))
+
+
+@pytest.mark.parametrize("optimizer_class", [th.optim.SGD, FlatAdam])
+@pytest.mark.parametrize(("gradient", "may_step"), [(math.nan, None), (math.inf, None), (1.0, th.tensor(False))])
+def test_no_step_is_made(optimizer_class, gradient, may_step):
+    network, before = networks()
+    network(th.ones(5)).backward()
+    network[0].bias.grad[3] *= gradient
+    accepted, _ = descend(optimizer_class(network.parameters(), lr=0.1), list(network.parameters()), 0.1, may_step)
+    assert not accepted
+    assert_same(network, before)
 
 
 def test_optimizer_of_the_users_choice_is_kept():
@@ -223,7 +297,7 @@ def test_fused_optimizer_skips_a_poisoned_step_and_the_update_says_so():
     model.rollout_buffer.returns[3] = 1e38
     with pytest.raises(RuntimeError, match="non-finite"):
         model.train()
-    assert all(tensor.isfinite().all() for tensor in weights(model))
+    assert weights(model).isfinite().all()
     assert math.isfinite(model.dual.value.item())
     model.learn(32)
 
@@ -261,9 +335,9 @@ def assert_compiled_agrees(algorithm, policy, env, n_updates=3, **settings) -> N
     results = []
     for compile in (False, True):
         model = algorithm(policy, env(), compile=compile, **settings)
-        before = flatten_weights(model)
+        before = weights(model)
         model.learn(n_updates * settings["n_steps"])
-        results.append((flatten_weights(model), dict(model.logger.name_to_value), list(model.policy.state_dict()), model))
+        results.append((weights(model), logged(model), list(model.policy.state_dict()), model))
     (eager, eager_log, eager_names, _), (compiled, compiled_log, compiled_names, model) = results
     assert eager_names == compiled_names
     assert not th.equal(before, compiled)
@@ -308,11 +382,11 @@ def test_compiled_refuses_a_poisoned_step_stops_early_and_is_saved(tmp_path, cap
     advantages = model.rollout_buffer.advantages.copy()
     model.rollout_buffer.advantages[3] = 1e38
     model.rollout_buffer.returns[3] = 1e38
-    before = flatten_weights(model)
+    before = weights(model)
     with pytest.raises(RuntimeError, match="non-finite"):
         model.train()
-    assert flatten_weights(model).isfinite().all()
-    assert not th.equal(flatten_weights(model), before)
+    assert weights(model).isfinite().all()
+    assert not th.equal(weights(model), before)
     assert math.isfinite(model.dual.value.item())
 
     # The step that exceeds the limit is not made
@@ -320,9 +394,9 @@ def test_compiled_refuses_a_poisoned_step_stops_early_and_is_saved(tmp_path, cap
     model.learn(32)
     model.rollout_buffer.advantages[:] = advantages
     model.rollout_buffer.log_probs += 1
-    before = flatten_weights(model)
+    before = weights(model)
     model.train()
-    assert th.equal(flatten_weights(model), before)
+    assert th.equal(weights(model), before)
     assert "Early stopping" in capsys.readouterr().out
 
 
@@ -340,17 +414,46 @@ def test_missing_compiler(monkeypatch):
         model.learn(32)
 
 
-# --- GPU ---------------------------------------------------------------------------------------------------------------
+# --- the host does not wait for the device ----------------------------------------------------------------------------
+
+
+class HostReads(TorchDispatchMode):
+    """Collects operations whose result the host needs: each would have it wait for a GPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket.__name__ in ("_local_scalar_dense", "nonzero", "masked_select", "equal"):
+            self.operations.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("by_hand", [True, False])
+@pytest.mark.parametrize("env_id", ["Pendulum-v1", "CartPole-v1"])
+@pytest.mark.parametrize(("target_kl", "reads_per_minibatch"), [(None, 0), (10.0, 1)])
+def test_minibatches_are_not_waited_for(env_id, target_kl, reads_per_minibatch, by_hand, monkeypatch):
+    """With fused Adam, which is what a policy on a GPU gets, an update reads nothing before its end but a limit of the KL."""
+    monkeypatch.setattr("sb3_r2vpo.r2vpo.r2vpo.is_plain_mlp", lambda policy: by_hand)
+    policy_kwargs = {"optimizer_kwargs": {"fused": True, "eps": 1e-5}}
+    model = R2VPO("MlpPolicy", env_id, target_kl=target_kl, policy_kwargs=policy_kwargs, **SMALL).learn(32)
+    n_reads = []
+    for model.n_epochs in (1, 5):
+        with HostReads() as reads:
+            model.train()
+        n_reads.append(len(reads.operations))
+    # Two minibatches an epoch
+    assert n_reads[1] - n_reads[0] == 4 * 2 * reads_per_minibatch
 
 
 @pytest.mark.skipif(not th.cuda.is_available(), reason="no CUDA device")
 def test_minibatch_loop_does_not_wait_for_the_gpu():
     model = R2VPO("MlpPolicy", "Pendulum-v1", **(SMALL | {"device": "cuda"})).learn(32)
-    parameters = list(model.policy.parameters())
-    minibatches = list(model._minibatches())
+    minibatches, target_variance = list(model._minibatches()), th.tensor(0.02, device="cuda")
     th.cuda.set_sync_debug_mode("error")
     try:
         for rollout_data in minibatches:
-            model._gradient_step(rollout_data, model._objective_coefficients(), None, 0.02, parameters)
+            model._step(rollout_data, model._objective_coefficients(), None, target_variance)
     finally:
         th.cuda.set_sync_debug_mode("default")

@@ -11,20 +11,44 @@ from torch.nn import functional as F
 Evaluation = tuple[th.Tensor, th.Tensor, th.Tensor | None]
 
 
-def gaussian(mean: th.Tensor, log_std: th.Tensor, actions: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
+def gaussian(mean: th.Tensor, std: th.Tensor, actions: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
     """
     Log-probability and entropy of a diagonal Gaussian, operation by operation those of ``torch.distributions.Normal``.
 
     :param mean: Shape ``(batch_size, action_dim)``
-    :param log_std: Shape ``(action_dim,)``
+    :param std: Shape ``(batch_size, action_dim)``, or ``(action_dim,)`` if it is the same for all
     :param actions: Shape ``(batch_size, action_dim)``
-    :return: Log-probability and entropy, each of shape ``(batch_size,)``
+    :return: Log-probability, of shape ``(batch_size,)``, and entropy, of the shape of ``std`` but for its last dimension
     """
-    # Expanded before it is used: the gradient is then summed over the batch where `Normal` sums it, in the same order
-    std = log_std.exp().expand_as(mean)
     log_prob = -((actions - mean) ** 2) / (2 * std**2) - std.log() - math.log(math.sqrt(2 * math.pi))
     entropy = 0.5 + 0.5 * math.log(2 * math.pi) + th.log(std)
-    return log_prob.sum(dim=1), entropy.sum(dim=1)
+    return log_prob.sum(dim=-1), entropy.sum(dim=-1)
+
+
+def gaussian_backward(
+    mean: th.Tensor,
+    std: th.Tensor,
+    actions: th.Tensor,
+    log_prob_grad: th.Tensor,
+    entropy_grad: th.Tensor | None,
+) -> tuple[th.Tensor, th.Tensor]:
+    """
+    The gradient of :func:`gaussian`, operation by operation that of autograd.
+
+    :param mean: Shape ``(batch_size, action_dim)``
+    :param std: Shape ``(action_dim,)``
+    :param actions: Shape ``(batch_size, action_dim)``
+    :param log_prob_grad: Gradient of the log-probabilities, shape ``(batch_size,)``
+    :param entropy_grad: Gradient of the entropies, same shape; ``None`` for zero
+    :return: Gradients of ``mean`` and of ``std``
+    """
+    deviation, double_variance, gradient = actions - mean, 2 * std * std, log_prob_grad.unsqueeze(1)
+    std_grad = -gradient / std
+    if entropy_grad is not None:
+        std_grad = entropy_grad.unsqueeze(1) / std + std_grad
+    exponent = deviation * deviation / double_variance
+    std_grad = std_grad + exponent / double_variance * gradient * (4 * std)
+    return gradient / double_variance * (2 * deviation), std_grad.sum(dim=0)
 
 
 def categorical(logits: th.Tensor, actions: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
@@ -42,6 +66,42 @@ def categorical(logits: th.Tensor, actions: th.Tensor) -> tuple[th.Tensor, th.Te
     return log_prob, entropy
 
 
+def categorical_backward(
+    logits: th.Tensor, actions: th.Tensor, log_prob_grad: th.Tensor, entropy_grad: th.Tensor | None
+) -> th.Tensor:
+    """
+    The gradient of :func:`categorical`, operation by operation that of autograd.
+
+    :param logits: As the forward function's, like the next one
+    :param log_prob_grad: Gradient of its log-probability, shape ``(batch_size,)``
+    :param entropy_grad: Gradient of its entropy, same shape; ``None`` for zero
+    :return: Gradient of the logits
+    """
+    logits = logits - logits.logsumexp(dim=-1, keepdim=True)
+    gradient = th.zeros_like(logits).scatter_add_(-1, actions.unsqueeze(-1), log_prob_grad.unsqueeze(-1))
+    if entropy_grad is not None:
+        probs, minimum = F.softmax(logits, dim=-1), th.finfo(logits.dtype).min
+        product_grad = -entropy_grad.unsqueeze(-1)
+        probs_grad = product_grad * logits.clamp(min=minimum)
+        through_softmax = th.ops.aten._softmax_backward_data(probs_grad, probs, -1, logits.dtype)
+        gradient = through_softmax + th.where(logits >= minimum, product_grad * probs, 0.0) + gradient
+    return gradient - gradient.sum(dim=-1, keepdim=True) * logits.exp()
+
+
+def is_gaussian(policy: ActorCriticPolicy) -> bool:
+    """:return: Whether a policy's actions have a diagonal Gaussian distribution"""
+    return type(policy.action_dist) is DiagGaussianDistribution
+
+
+def has_usual_distribution(policy: ActorCriticPolicy) -> bool:
+    """:return: Whether :func:`gaussian` or :func:`categorical` tells what a policy's ``evaluate_actions`` does"""
+    return (
+        (is_gaussian(policy) or type(policy.action_dist) is CategoricalDistribution)
+        and type(policy).evaluate_actions is ActorCriticPolicy.evaluate_actions
+        and type(policy)._get_action_dist_from_latent is ActorCriticPolicy._get_action_dist_from_latent
+    )
+
+
 def evaluate_actions(policy: ActorCriticPolicy, observations: PyTorchObs, actions: th.Tensor) -> Evaluation:
     """
     ``policy.evaluate_actions(observations, actions)``, bit for bit, and just that where the policy or its distribution is not
@@ -52,13 +112,7 @@ def evaluate_actions(policy: ActorCriticPolicy, observations: PyTorchObs, action
     :param actions: The actions to evaluate
     :return: values, log-probabilities and (if it has a closed form) entropy, as ``policy`` returns them
     """
-    is_gaussian = type(policy.action_dist) is DiagGaussianDistribution
-    is_usual = (
-        (is_gaussian or type(policy.action_dist) is CategoricalDistribution)
-        and type(policy).evaluate_actions is ActorCriticPolicy.evaluate_actions
-        and type(policy)._get_action_dist_from_latent is ActorCriticPolicy._get_action_dist_from_latent
-    )
-    if not is_usual:
+    if not has_usual_distribution(policy):
         return policy.evaluate_actions(observations, actions)
 
     features = policy.extract_features(observations)
@@ -69,5 +123,10 @@ def evaluate_actions(policy: ActorCriticPolicy, observations: PyTorchObs, action
         latent_pi = policy.mlp_extractor.forward_actor(pi_features)
         latent_vf = policy.mlp_extractor.forward_critic(vf_features)
     outputs = policy.action_net(latent_pi)
-    log_prob, entropy = gaussian(outputs, policy.log_std, actions) if is_gaussian else categorical(outputs, actions)
+    if is_gaussian(policy):
+        # Expanded before it is used: the gradient is then summed over the batch where `Normal` sums it, in the same order
+        std = policy.log_std.exp().expand_as(outputs)
+        log_prob, entropy = gaussian(outputs, std, actions)
+    else:
+        log_prob, entropy = categorical(outputs, actions)
     return policy.value_net(latent_vf), log_prob, entropy

@@ -4,7 +4,7 @@ import inspect
 import math
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from numbers import Real
 from typing import Any, ClassVar, TypeVar
@@ -23,24 +23,15 @@ from torch.nn import functional as F
 from sb3_r2vpo.compilation import compiled
 from sb3_r2vpo.dual import DualVariable
 from sb3_r2vpo.minibatches import rollout_tensors, shuffled_minibatches
-from sb3_r2vpo.objectives import OBJECTIVES, mean, ratio_statistics
-from sb3_r2vpo.optim import (
-    FlatAdam,
-    FlatState,
-    adam_step,
-    clip_gradients,
-    refuse_nonfinite,
-    step_if_finite,
-    with_fewer_operations,
-)
+from sb3_r2vpo.objectives import OBJECTIVES, check_objective, mean
+from sb3_r2vpo.optim import FlatAdam, descend, descend_by_tensors, flat_state, refuse_nonfinite, with_fewer_operations
 from sb3_r2vpo.r2vpo.evaluation import evaluate_actions
+from sb3_r2vpo.r2vpo.plain_mlp import PlainMlp, is_plain_mlp
 from sb3_r2vpo.r2vpo.policies import CnnPolicy, MlpPolicy, MultiInputPolicy
+from sb3_r2vpo.r2vpo.statistics import PPO_CLIP_RANGE, gradient_norms, summarize_ratios
 from sb3_r2vpo.rollout_replay import drop_padding
 
 SelfR2VPO = TypeVar("SelfR2VPO", bound="R2VPO")
-
-#: Clip range against which ``train/clip_fraction`` is counted, unless the objective has one of its own: SB3 PPO's default.
-PPO_CLIP_RANGE = 0.2
 
 
 class R2VPO(OnPolicyAlgorithm):
@@ -227,9 +218,8 @@ class R2VPO(OnPolicyAlgorithm):
         super()._setup_model()
         self.dual = dual.to(self.device)
         self.policy.optimizer = with_fewer_operations(self.policy.optimizer, flat=self.compile)
-        if self.compile:
-            self._flat_adam_state()
-        self._compiled_step = compiled(self._tensor_step) if self.compile else None
+        self._prepare_descent()
+        self._step = compiled(self._gradient_step) if self.compile else self._gradient_step
 
         # `load()` calls this method again on what it has restored: wrapping a `FloatSchedule` once more is harmless
         self.target_variance = FloatSchedule(self.target_variance)
@@ -251,18 +241,7 @@ class R2VPO(OnPolicyAlgorithm):
             )
         if not (math.isfinite(self.dual_learning_rate) and self.dual_learning_rate >= 0):
             raise ValueError(f"`dual_learning_rate` is {self.dual_learning_rate}; it must be finite and not negative.")
-        if self.objective not in OBJECTIVES:
-            raise ValueError(f"Unknown `objective` {self.objective!r}; choose one of {', '.join(OBJECTIVES)}.")
-        parameters = inspect.signature(OBJECTIVES[self.objective]).parameters.values()
-        # The multiplier belongs to the dual, and a sequence's log-ratio is data
-        coefficients = {p.name for p in parameters if p.kind is p.KEYWORD_ONLY} - {"var_coef", "sequence_log_ratio"}
-        required = {p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.default is p.empty} & coefficients
-        given = set(self.objective_kwargs or {})
-        if given - coefficients or required - given:
-            raise ValueError(
-                f"The objective {self.objective!r} got `objective_kwargs` {sorted(given)}; "
-                f"it takes {sorted(coefficients) or 'none'}, of which it needs {sorted(required) or 'none'}."
-            )
+        check_objective(self.objective, self.objective_kwargs)
 
     def _objective_coefficients(self) -> dict[str, Any]:
         """The coefficients that the objective takes, at the current progress of training."""
@@ -297,6 +276,9 @@ class R2VPO(OnPolicyAlgorithm):
         if isinstance(self.action_space, spaces.Discrete):
             # Convert discrete action from float to long
             actions = actions.long().flatten()
+        # Without gradients there is nothing to gain
+        if self._plain_mlp is not None and th.is_grad_enabled():
+            return self._plain_mlp.evaluate_actions(rollout_data.observations, actions)
         values, log_prob, entropy = evaluate_actions(self.policy, rollout_data.observations, actions)
         return values.flatten(), log_prob, entropy
 
@@ -333,26 +315,37 @@ class R2VPO(OnPolicyAlgorithm):
             values = old_values + th.clamp(values - old_values, -clip_range_vf, clip_range_vf)  # type: ignore[arg-type]
         # Value loss using the TD(gae_lambda) target
         value_loss = F.mse_loss(rollout_data.returns, values)
-        loss = loss + self.vf_coef * value_loss
+        loss = loss.add(value_loss, alpha=self.vf_coef)
 
         parts = {
             "log_ratio": drop_padding(log_ratio, rollout_data),
             "ratio_variance": drop_padding(ratio_stats["ratio_variance"], rollout_data).mean(),
-            "approx_kl": drop_padding(ratio_stats["approx_kl"], rollout_data).mean(),
             "policy_gradient_loss": policy_loss,
             "value_loss": value_loss,
             "entropy_loss": entropy_loss,
             "loss": loss,
         }
+        if self.target_kl is not None:
+            parts["approx_kl"] = drop_padding(ratio_stats["approx_kl"], rollout_data).mean()
         return loss, {name: part.detach() for name, part in parts.items()}
+
+    def _descend(self, loss: th.Tensor, may_step: th.Tensor | None) -> tuple[th.Tensor, th.Tensor]:
+        """One optimizer step on the loss; see :func:`~sb3_r2vpo.optim.descend`."""
+        if self._flat_adam is not None:
+            return descend_by_tensors(loss, self._parameters, self._flat_adam, self.max_grad_norm, may_step)
+        if self._plain_mlp is not None:
+            self._plain_mlp.backward(loss)
+        else:
+            self.policy.optimizer.zero_grad()
+            loss.backward()
+        return descend(self.policy.optimizer, self._parameters, self.max_grad_norm, may_step)
 
     def _gradient_step(
         self,
         rollout_data: RolloutBufferSamples,
         coefficients: dict[str, Any],
         clip_range_vf: float | th.Tensor | None,
-        target_variance: float,
-        parameters: list[th.nn.Parameter],
+        target_variance: float | th.Tensor,
     ) -> dict[str, th.Tensor]:
         """
         One minibatch: ascent on the policy, unless it is too far from the behaviour policy already, and on the multiplier.
@@ -360,39 +353,11 @@ class R2VPO(OnPolicyAlgorithm):
         :return: Statistics of the minibatch
         """
         loss, parts = self._loss(rollout_data, coefficients, clip_range_vf)
-        if self.target_kl is not None and parts["approx_kl"] > 1.5 * self.target_kl:
-            return parts
-        self.policy.optimizer.zero_grad()
-        loss.backward()
-        total_norm, parts["grad_norms"] = clip_gradients(parameters, self.max_grad_norm)
-        step_if_finite(self.policy.optimizer, total_norm)
-        self.dual.step(parts["ratio_variance"], target_variance, self.dual_learning_rate)
-        return parts
-
-    def _tensor_step(
-        self,
-        rollout_data: RolloutBufferSamples,
-        coefficients: dict[str, Any],
-        clip_range_vf: float | th.Tensor | None,
-        target_variance: th.Tensor,
-        learning_rate: th.Tensor,
-        state: FlatState,
-    ) -> dict[str, th.Tensor]:
-        """:meth:`_gradient_step` as one function of tensors without a decision of the host's, to be compiled as a whole."""
-        parameters = list(self.policy.parameters())
-        loss, parts = self._loss(rollout_data, coefficients, clip_range_vf)
-        gradients = th.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
-        with th.no_grad():
-            parts["grad_norms"] = th.stack([th.linalg.vector_norm(gradient) for gradient in gradients])
-            total_norm = th.linalg.vector_norm(parts["grad_norms"])
-            accept = total_norm.isfinite()
-            if self.target_kl is not None:
-                accept &= parts["approx_kl"] <= 1.5 * self.target_kl
-            clip_coef = (self.max_grad_norm / (total_norm + 1e-6)).clamp(max=1.0)
-            adam_step(parameters, [gradient * clip_coef for gradient in gradients], state, learning_rate, accept)
-            # No violation where there is no step
-            ratio_variance = th.where(accept, parts["ratio_variance"], target_variance)
-            self.dual.step(ratio_variance, target_variance, self.dual_learning_rate)
+        may_step = None if self.target_kl is None else parts["approx_kl"] <= 1.5 * self.target_kl
+        accepted, parts["grad_norms"] = self._descend(loss, may_step)
+        # No violation where there is no step
+        ratio_variance = th.where(accepted, parts["ratio_variance"], target_variance)
+        self.dual.step(ratio_variance, target_variance, self.dual_learning_rate)
         return parts
 
     def train(self) -> None:
@@ -401,21 +366,16 @@ class R2VPO(OnPolicyAlgorithm):
         # Switch to train mode (this affects batch norm / dropout)
         self.policy.set_training_mode(True)
         self._update_learning_rate(self.policy.optimizer)
+        self._prepare_descent()
         self.dual.follow_schedule(self._current_progress_remaining)
-        target_variance = self._current_value(self.target_variance)
+        target_variance = th.as_tensor(self._current_value(self.target_variance), device=self.device)
         clip_range_vf = None if self.clip_range_vf is None else self._current_value(self.clip_range_vf)
         coefficients = self._objective_coefficients()
-        gradient_step: Callable[..., dict[str, th.Tensor]]
-        if self._compiled_step is None:
-            gradient_step = partial(self._gradient_step, parameters=list(self.policy.parameters()))
-        else:
-            learning_rate = th.tensor(self.policy.optimizer.param_groups[0]["lr"], device=self.device)
-            gradient_step = partial(self._compiled_step, learning_rate=learning_rate, state=self._flat_adam_state())
 
         # Tensors until the end of the update: to read one is to wait for the device
         statistics: defaultdict[str, list[th.Tensor]] = defaultdict(list)
         for rollout_data in self._minibatches():
-            parts = gradient_step(rollout_data, coefficients, clip_range_vf, target_variance)
+            parts = self._step(rollout_data, coefficients, clip_range_vf, target_variance)
             for name, part in parts.items():
                 statistics[name].append(part)
             if self.target_kl is not None and parts["approx_kl"] > 1.5 * self.target_kl:
@@ -425,25 +385,26 @@ class R2VPO(OnPolicyAlgorithm):
 
         # A rollout of sequences may leave nothing to train on
         if statistics:
-            if grad_norms := statistics["grad_norms"]:
-                refuse_nonfinite(th.stack(grad_norms))
+            refuse_nonfinite(th.stack(statistics["grad_norms"]))
             self._log_statistics(statistics)
         if clip_range_vf is not None:
             self.logger.record("train/clip_range_vf", float(clip_range_vf))
         if self.dual.adaptive:
             self.logger.record("train/target_variance", float(target_variance))
 
-    def _flat_adam_state(self) -> FlatState:
-        """The optimizer's state in the form that the compiled step takes."""
+    def _prepare_descent(self) -> None:
+        """Look up, once an update, what :meth:`_descend` needs: policy and optimizer may have been changed or replaced."""
         optimizer = self.policy.optimizer
-        state = optimizer.flatten() if isinstance(optimizer, FlatAdam) else None
-        trained = [parameter for parameter in self.policy.parameters() if parameter.requires_grad]
-        if state is None or list(map(id, trained)) != list(map(id, optimizer.param_groups[0]["params"])):
-            raise ValueError(
-                "`compile=True` compiles Adam along with the rest, with `lr`, `betas` and `eps` for options. "
-                f"This policy has {optimizer}, or parameters that it does not train. Pass `compile=False`, or change that."
-            )
-        return state
+        self._parameters = list(self.policy.parameters())
+        self._flat_adam = self._plain_mlp = None
+        if self.compile:
+            self._flat_adam = flat_state(optimizer, self._parameters)
+        elif is_plain_mlp(self.policy):
+            self._plain_mlp = PlainMlp(self.policy)
+            for parameter in self._parameters:
+                parameter.grad = th.empty_like(parameter)
+            if isinstance(optimizer, FlatAdam):
+                optimizer.share_gradients()
 
     def _reduce(self, values: th.Tensor, rollout_data: RolloutBufferSamples) -> th.Tensor:
         """Plain mean over steps; over the tokens of sequences, as their buffer says."""
@@ -464,36 +425,10 @@ class R2VPO(OnPolicyAlgorithm):
                     "Wrap the environment in `stable_baselines3.common.vec_env.VecCheckNan` to find the step it comes from."
                 )
 
-    def _summarize_ratios(self, log_ratio: th.Tensor) -> dict[str, th.Tensor]:
-        """
-        What the ratios of all minibatches of an update tell, beside their mean variance.
-
-        The effective sample size is Kish's, as a fraction of the samples: 1 on-policy, towards 0 if a few ratios dominate.
-        """
-        ratio = ratio_statistics(log_ratio)["ratio"]
-        clip_range = self._objective_coefficients().get("clip_range", PPO_CLIP_RANGE)
-        return {
-            # The largest of all: one outlier can dominate an update, and a mean would hide it
-            "ratio_max": ratio.max(),
-            "ess": ratio.mean().square() / ratio.square().mean(),
-            "clip_fraction": ((ratio - 1).abs() > clip_range).float().mean(),
-        }
-
-    def _gradient_norms(self, norms: th.Tensor) -> dict[str, th.Tensor]:
-        """
-        :param norms: Those of each parameter's gradient, before clipping, in the last dimension
-        :return: Norms of the critic's own gradients, and of all others (a shared feature extractor's included)
-        """
-        names = [name for name, _ in self.policy.named_parameters()]
-        is_critic = th.tensor(["value_net" in name or name.startswith("vf_features_extractor") for name in names])
-        groups = {"policy_grad_norm": norms[..., ~is_critic], "value_grad_norm": norms[..., is_critic]}
-        return {name: th.linalg.vector_norm(group, dim=-1) for name, group in groups.items()}
-
     def _log_statistics(self, statistics: dict[str, list[th.Tensor]]) -> None:
-        summary = self._summarize_ratios(th.cat(statistics.pop("log_ratio")))
-        # None if `target_kl` stopped the update before its first step
-        if grad_norms := statistics.pop("grad_norms"):
-            summary |= self._gradient_norms(th.stack(grad_norms))
+        clip_range = self._objective_coefficients().get("clip_range", PPO_CLIP_RANGE)
+        summary = summarize_ratios(th.cat(statistics.pop("log_ratio")), clip_range)
+        summary |= gradient_norms(self.policy, th.stack(statistics.pop("grad_norms")))
         summary |= {name: th.stack(values) for name, values in statistics.items()}
         means = th.stack([values.mean() for values in summary.values()]).tolist()
         for name, value in zip(summary, means, strict=True):
@@ -507,7 +442,7 @@ class R2VPO(OnPolicyAlgorithm):
             self.logger.record(f"train/{name}", float(coefficient))
 
     def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "_compiled_step"]
+        return [*super()._excluded_save_params(), "_step", "_parameters", "_plain_mlp", "_flat_adam"]
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         state_dicts, tensors = super()._get_torch_save_params()

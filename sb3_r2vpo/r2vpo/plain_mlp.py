@@ -1,0 +1,155 @@
+"""SB3's ``MlpPolicy`` differentiated by hand: a small network's update spends more time in autograd than on its numbers."""
+
+from collections.abc import Callable
+
+import torch as th
+from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.preprocessing import preprocess_obs
+from stable_baselines3.common.torch_layers import FlattenExtractor, MlpExtractor
+from torch import nn
+from torch.nn import functional as F
+
+from sb3_r2vpo.r2vpo.evaluation import (
+    categorical,
+    categorical_backward,
+    gaussian,
+    gaussian_backward,
+    has_usual_distribution,
+    is_gaussian,
+)
+
+Activation = tuple[Callable[[th.Tensor], th.Tensor], Callable[[th.Tensor, th.Tensor], th.Tensor]]
+
+#: Activations, in place; and the gradient of their inputs, from that of their outputs and from these
+ACTIVATIONS: dict[type[nn.Module], Activation] = {
+    nn.Tanh: (th.tanh_, th.ops.aten.tanh_backward.default),
+    nn.ReLU: (th.relu_, lambda gradient, outputs: th.ops.aten.threshold_backward.default(gradient, outputs, 0)),
+}
+
+
+class Layers:
+    """
+    Linear layers with an activation between each two.
+
+    :param layers: Linear layers and activations in turn
+    """
+
+    def __init__(self, *layers: nn.Module) -> None:
+        self.parameters = [(layer.weight, layer.bias) for layer in layers if isinstance(layer, nn.Linear)]
+        self.activation, self.activation_backward = ACTIVATIONS[type(layers[1]) if len(layers) > 1 else nn.Tanh]
+
+    def forward(self, features: th.Tensor) -> th.Tensor:
+        """
+        :param features: Shape ``(batch_size, n_features)``
+        :return: Outputs of the last layer
+        """
+        self.inputs = [features]
+        for weight, bias in self.parameters[:-1]:
+            self.inputs.append(self.activation(F.linear(self.inputs[-1], weight, bias)))
+        return F.linear(self.inputs[-1], *self.parameters[-1])
+
+    def backward(self, gradient: th.Tensor) -> None:
+        """
+        Set the gradients of the parameters.
+
+        :param gradient: That of the outputs of the last :meth:`forward`
+        """
+        for (weight, bias), inputs in zip(reversed(self.parameters), reversed(self.inputs), strict=True):
+            th.mm(gradient.t(), inputs, out=weight.grad)
+            th.sum(gradient, 0, out=bias.grad)
+            if inputs is not self.inputs[0]:
+                gradient = self.activation_backward(gradient.mm(weight), inputs)
+
+
+class PlainMlp:
+    """
+    Actor and critic of a policy that :func:`is_plain_mlp`. Their results and gradients are those of
+    ``ActorCriticPolicy.evaluate_actions`` and autograd, bit for bit; what is made of the results, the loss, is left to
+    autograd.
+
+    :param policy: The policy. Its parameters' ``grad`` must be tensors, to which gradients are written.
+    """
+
+    def __init__(self, policy: ActorCriticPolicy) -> None:
+        self.policy = policy
+        self.actor, self.critic = (Layers(*layers) for layers in _networks(policy))
+        self.log_std = policy.log_std if is_gaussian(policy) else None
+
+    def evaluate_actions(self, observations: th.Tensor, actions: th.Tensor) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
+        """
+        :param observations: A batch of observations
+        :param actions: The actions to evaluate
+        :return: values, log-probabilities and entropy, each of shape ``(batch_size,)``: leaves of autograd's graph
+        """
+        # Faster than `no_grad`. Its tensors can't enter a graph, their copies can.
+        with th.inference_mode():
+            features = preprocess_obs(observations, self.policy.observation_space, self.policy.normalize_images)
+            features = features.flatten(1)  # type: ignore[union-attr]
+            self.outputs, self.actions = self.actor.forward(features), actions
+            if self.log_std is None:
+                log_prob, entropy = categorical(self.outputs, actions)
+            else:
+                self.std = self.log_std.exp()
+                log_prob, entropy = gaussian(self.outputs, self.std, actions)
+                entropy = entropy.expand_as(log_prob)
+            values = self.critic.forward(features).flatten()
+        self.results = tuple(result.clone().requires_grad_() for result in (values, log_prob, entropy))
+        return self.results  # type: ignore[return-value]
+
+    def backward(self, loss: th.Tensor) -> None:
+        """
+        Set the gradients of all parameters.
+
+        :param loss: A scalar made of the results of the last :meth:`evaluate_actions`
+        """
+        loss.backward()
+        values_grad, log_prob_grad, entropy_grad = (result.grad for result in self.results)
+        assert values_grad is not None
+        assert log_prob_grad is not None
+        with th.inference_mode():
+            if self.log_std is None:
+                outputs_grad = categorical_backward(self.outputs, self.actions, log_prob_grad, entropy_grad)
+            else:
+                outputs_grad, std_grad = gaussian_backward(self.outputs, self.std, self.actions, log_prob_grad, entropy_grad)
+                th.mul(std_grad, self.std, out=self.log_std.grad)
+            self.actor.backward(outputs_grad)
+            self.critic.backward(values_grad.unsqueeze(1))
+
+
+def _networks(policy: ActorCriticPolicy) -> tuple[list[nn.Module], list[nn.Module]]:
+    """The layers of the actor and of the critic."""
+    extractor = policy.mlp_extractor
+    return [*extractor.policy_net, policy.action_net], [*extractor.value_net, policy.value_net]
+
+
+def is_plain_mlp(policy: nn.Module) -> bool:
+    """
+    :param policy: Any policy
+    :return: Whether it is SB3's ``MlpPolicy`` with a usual distribution and activation, trained as a whole, and neither
+        changed by a subclass nor by hooks
+    """
+    if not (
+        isinstance(policy, ActorCriticPolicy)
+        and has_usual_distribution(policy)
+        and type(policy).extract_features is ActorCriticPolicy.extract_features
+        and type(policy.mlp_extractor) is MlpExtractor
+        and {type(module) for name, module in policy.named_children() if "extractor" in name}
+        == {FlattenExtractor, MlpExtractor}
+    ):
+        return False
+    actor, critic = _networks(policy)
+    linears, activations = actor[::2] + critic[::2], [{*map(type, layers[1::2])} for layers in (actor, critic)]
+    extractors = (policy.features_extractor, policy.pi_features_extractor, policy.vf_features_extractor)
+    known = [policy.log_std] if is_gaussian(policy) else []
+    known += [parameter for layer in linears for parameter in layer.parameters()]
+    return (
+        all(type(extractor) is FlattenExtractor for extractor in extractors)
+        and all(type(layer) is nn.Linear and layer.bias is not None for layer in linears)
+        and all(len(types) <= 1 and types <= ACTIVATIONS.keys() for types in activations)
+        and {*map(id, known)} == {*map(id, policy.parameters())}
+        and all(parameter.requires_grad and not parameter._backward_hooks for parameter in known)
+        and not any(
+            module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+            for module in policy.modules()
+        )
+    )

@@ -1,0 +1,40 @@
+"""What is logged of an update: computed once, at its end, from tensors that the minibatches left on the device."""
+
+import torch as th
+
+from sb3_r2vpo.objectives import ratio_statistics
+
+#: Clip range against which ``train/clip_fraction`` is counted, unless the objective has one of its own: SB3 PPO's default.
+PPO_CLIP_RANGE = 0.2
+
+
+def summarize_ratios(log_ratio: th.Tensor, clip_range: float | th.Tensor = PPO_CLIP_RANGE) -> dict[str, th.Tensor]:
+    """
+    What the ratios of all minibatches of an update tell, beside their mean variance.
+
+    :param log_ratio: In one dimension, without padding
+    :param clip_range: Deviation of the ratio from one beyond which PPO would clip
+    :return: Scalars. ``ess`` is Kish's effective sample size as a fraction of the samples: 1 on-policy, towards 0 if a few
+        ratios dominate.
+    """
+    stats = ratio_statistics(log_ratio)
+    ratio = stats["ratio"]
+    return {
+        "approx_kl": stats["approx_kl"].mean(),
+        # The largest of all: one outlier can dominate an update, and a mean would hide it
+        "ratio_max": ratio.max(),
+        "ess": ratio.mean().square() / ratio.square().mean(),
+        "clip_fraction": ((ratio - 1).abs() > clip_range).float().mean(),
+    }
+
+
+def gradient_norms(policy: th.nn.Module, norms: th.Tensor) -> dict[str, th.Tensor]:
+    """
+    :param policy: An actor-critic policy
+    :param norms: Those of the gradient of each of its parameters, before clipping, in the last dimension
+    :return: Norms of the critic's own gradients, and of all others (a shared feature extractor's included)
+    """
+    names = [name for name, _ in policy.named_parameters()]
+    is_critic = th.tensor(["value_net" in name or name.startswith("vf_features_extractor") for name in names])
+    groups = {"policy_grad_norm": norms[..., ~is_critic], "value_grad_norm": norms[..., is_critic]}
+    return {name: th.linalg.vector_norm(group, dim=-1) for name, group in groups.items()}
