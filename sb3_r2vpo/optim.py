@@ -163,7 +163,8 @@ def flat_state(optimizer: th.optim.Optimizer, parameters: Sequence[th.nn.Paramet
     :raises ValueError: It has no such state, or not for all parameters.
     """
     state = optimizer.flatten() if isinstance(optimizer, FlatAdam) else None
-    if state is None or list(map(id, parameters)) != list(map(id, optimizer.param_groups[0]["params"])):
+    trained = [id(parameter) for parameter in optimizer.param_groups[0]["params"] if parameter.requires_grad]
+    if state is None or trained != [id(parameter) for parameter in parameters]:
         raise ValueError(
             "`compile=True` compiles Adam along with the rest, with `lr`, `betas` and `eps` for options. "
             f"This policy has {optimizer}, or parameters that it does not train. Pass `compile=False`, or change that."

@@ -401,6 +401,13 @@ def test_topr_has_a_sequence_and_a_token_form():
     th.testing.assert_close(gradients["topr_token"], th.tensor([math.exp(-0.5), math.exp(-0.25), 1.0]))
 
 
+def test_compilation_is_refused():
+    """It would work, in pieces, but compile anew for each length of prompt and response."""
+    policy_kwargs = {"model": tiny_model(), "optimizer_class": th.optim.Adam}
+    with pytest.raises(ValueError, match="`compile=True` is not for responses"):
+        R2VPO(CausalLMPolicy, vec_env(), compile=True, policy_kwargs=policy_kwargs, **SEQUENCES)
+
+
 def test_padding_takes_no_part():
     """The logged variance is that of tokens, and empty turns of conversations that are over are not trained on."""
     env = vec_env(Countdown(), n_prompts=8, max_turns=2, max_reply_tokens=1)

@@ -24,7 +24,15 @@ from sb3_r2vpo.compilation import compiled
 from sb3_r2vpo.dual import DualVariable
 from sb3_r2vpo.minibatches import rollout_tensors, shuffled_minibatches
 from sb3_r2vpo.objectives import OBJECTIVES, check_objective, mean
-from sb3_r2vpo.optim import FlatAdam, descend, descend_by_tensors, flat_state, refuse_nonfinite, with_fewer_operations
+from sb3_r2vpo.optim import (
+    FlatAdam,
+    FlatState,
+    descend,
+    descend_by_tensors,
+    flat_state,
+    refuse_nonfinite,
+    with_fewer_operations,
+)
 from sb3_r2vpo.r2vpo.evaluation import evaluate_actions
 from sb3_r2vpo.r2vpo.plain_mlp import PlainMlp, is_plain_mlp
 from sb3_r2vpo.r2vpo.policies import CnnPolicy, MlpPolicy, MultiInputPolicy
@@ -98,7 +106,8 @@ class R2VPO(OnPolicyAlgorithm):
         compiler's cache is warm. Where the policy keeps distribution objects (gSDE, MultiDiscrete, MultiBinary), only parts
         are compiled.
     :param _init_setup_model: Whether or not to build the network at the creation of the instance
-    :raises ValueError: A coefficient is out of its range, or the objective or one of its coefficients is unknown.
+    :raises ValueError: A coefficient is out of its range, the objective or one of its coefficients is unknown, or what
+        ``compile=True`` needs is missing.
     :raises AssertionError: As SB3's PPO: a batch of one with normalised advantages, an unsupported action space.
     """
 
@@ -107,6 +116,11 @@ class R2VPO(OnPolicyAlgorithm):
         "CnnPolicy": CnnPolicy,
         "MultiInputPolicy": MultiInputPolicy,
     }
+
+    # What a step of gradient descent uses, see `_prepare_descent`
+    _parameters: list[th.nn.Parameter]
+    _flat_adam: FlatState | None = None
+    _plain_mlp: PlainMlp | None = None
 
     def __init__(
         self,
@@ -212,13 +226,21 @@ class R2VPO(OnPolicyAlgorithm):
         self._check_coefficients()
         # Built first: an invalid `var_coef` must not leave a half-made model
         dual = DualVariable(self.var_coef)
+        # Actions that are whole responses of a language model bring a buffer of sequences
+        sequence_buffer_class = getattr(self.action_space, "rollout_buffer_class", None)
+        if self.compile and sequence_buffer_class is not None:
+            raise ValueError(
+                "`compile=True` is not for responses of language models: each length would be compiled anew, for a minute. "
+                "Pass `compile=False`."
+            )
         if self.rollout_buffer_class is None:
-            # Actions that are whole responses of a language model bring a buffer of sequences
-            self.rollout_buffer_class = getattr(self.action_space, "rollout_buffer_class", None)
+            self.rollout_buffer_class = sequence_buffer_class
         super()._setup_model()
         self.dual = dual.to(self.device)
         self.policy.optimizer = with_fewer_operations(self.policy.optimizer, flat=self.compile)
-        self._prepare_descent()
+        if self.compile:
+            # Refused now, rather than at the first update
+            flat_state(self.policy.optimizer, list(self.policy.parameters()))
         self._step = compiled(self._gradient_step) if self.compile else self._gradient_step
 
         # `load()` calls this method again on what it has restored: wrapping a `FloatSchedule` once more is harmless
@@ -402,7 +424,7 @@ class R2VPO(OnPolicyAlgorithm):
         elif is_plain_mlp(self.policy):
             self._plain_mlp = PlainMlp(self.policy)
             for parameter in self._parameters:
-                parameter.grad = th.empty_like(parameter)
+                parameter.grad = th.zeros_like(parameter)
             if isinstance(optimizer, FlatAdam):
                 optimizer.share_gradients()
 
