@@ -77,13 +77,16 @@ class FlatAdam(th.optim.Adam):
             for parameter in group["params"]:
                 parameter.grad = None
 
-    @th.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        has_hooks = self._optimizer_step_pre_hooks or self._optimizer_step_post_hooks
-        if closure is not None or has_hooks or self.gather_gradients() is None:
+        if closure is not None or self.gather_gradients() is None:
             self._flat = None
             return super().step(closure)
+        self.step_with_gathered_gradients()
+        return None
 
+    @th.no_grad()
+    def step_with_gathered_gradients(self) -> None:
+        """:meth:`step` without the profiling around it, which takes as long as it does; after :meth:`gather_gradients`."""
         assert self._flat is not None
         group, flat = self.param_groups[0], self._flat
         beta1, beta2 = group["betas"]
@@ -94,20 +97,17 @@ class FlatAdam(th.optim.Adam):
         # The parameters themselves stay separate tensors: nobody expects those of a module to share memory
         step_size = group["lr"] / (1 - beta1**step)
         th._foreach_addcdiv_(group["params"], flat.exp_avgs, flat.denominators, -step_size)
-        return None
-
-    # `Optimizer` would wrap it into profiling and hooks, which take as long as the step itself
-    step.hooked = True  # type: ignore[attr-defined]
 
     def gather_gradients(self) -> th.Tensor | None:
         """
         Move the gradients into one tensor, if they are not there already: each parameter's ``grad`` becomes a view of it.
 
-        :return: That tensor; ``None``, and nothing is moved, where parameters can't be treated alike
+        :return: That tensor; ``None``, and nothing is moved, where :meth:`step` has to be Adam's
         """
         flat, parameters = self.flatten(), self.param_groups[0]["params"]
         gradients = [parameter.grad for parameter in parameters]
-        if flat is None or any(map(operator.is_, gradients, repeat(None))):
+        has_hooks = self._optimizer_step_pre_hooks or self._optimizer_step_post_hooks
+        if flat is None or has_hooks or any(map(operator.is_, gradients, repeat(None))):
             return None
         if not all(map(operator.is_, gradients, flat.gradients)):
             th._foreach_copy_(flat.gradients, gradients)
@@ -231,8 +231,12 @@ def descend(
         optimizer.step()
         optimizer.found_inf = None  # type: ignore[attr-defined]
     elif accept:
-        th._foreach_mul_(gradients if flat is None else [flat], clip_coef)
-        optimizer.step()
+        if isinstance(optimizer, FlatAdam) and flat is not None:
+            flat.mul_(clip_coef)
+            optimizer.step_with_gathered_gradients()
+        else:
+            th._foreach_mul_(gradients, clip_coef)
+            optimizer.step()
     if len(gradients) < len(parameters):
         has_gradient = th.tensor([parameter.grad is not None for parameter in parameters], device=norms.device)
         norms = norms.new_zeros(len(parameters)).masked_scatter(has_gradient, norms)

@@ -244,6 +244,23 @@ def make_env_steps(vec_env: str, n_envs: int, n_steps: int = 2048) -> Callable[[
     return steps
 
 
+def make_collection(vec_env: str, n_envs: int, rollout: int = 4096) -> Callable[[], tuple[float, float]]:
+    """Collection without the update: the environment's steps, the policy's actions and values, and SB3's loop around them."""
+    from stable_baselines3.common.callbacks import CallbackList
+
+    learner = make_learner("R2VPO", "MlpPolicy", make_env(vec_env, n_envs), [64, 64], n_steps=rollout // n_envs)
+    learner.learn(rollout)
+    callback = CallbackList([])
+    callback.init_callback(learner)
+
+    def collection() -> tuple[float, float]:
+        wall, cpu = time.perf_counter(), time.process_time()
+        learner.collect_rollouts(learner.env, callback, learner.rollout_buffer, learner.n_steps)
+        return rollout / (time.perf_counter() - wall), 1e6 * (time.process_time() - cpu) / rollout
+
+    return collection
+
+
 def end_to_end_table(rounds: int = 6) -> list[dict[str, Any]]:
     """Collection and update on cheetah-run: 4096 steps a rollout, batch 64, 10 epochs, MLP 64x64."""
     arms: dict[str, Callable[[], Any]] = {}
@@ -254,6 +271,7 @@ def end_to_end_table(rounds: int = 6) -> list[dict[str, Any]]:
     ]:  # fmt: skip
         arms[f"{name}|{vec_env}|{n_envs}"] = make_training(name, vec_env, n_envs)
     for vec_env, n_envs in [("DummyVecEnv", 8), ("EnvPool 2", 64)]:
+        arms[f"(collection alone)|{vec_env}|{n_envs}"] = make_collection(vec_env, n_envs)
         arms[f"(environment steps alone)|{vec_env}|{n_envs}"] = make_env_steps(vec_env, n_envs)
     times = interleave(arms, rounds)
     speeds = {arm: median(steps for steps, _ in values) for arm, values in times.items()}

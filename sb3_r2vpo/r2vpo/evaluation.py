@@ -11,38 +11,35 @@ from torch.nn import functional as F
 Evaluation = tuple[th.Tensor, th.Tensor, th.Tensor | None]
 
 
-def gaussian(mean: th.Tensor, std: th.Tensor, actions: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
+def gaussian(deviation: th.Tensor, std: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
     """
     Log-probability and entropy of a diagonal Gaussian, operation by operation those of ``torch.distributions.Normal``.
 
-    :param mean: Shape ``(batch_size, action_dim)``
-    :param std: Shape ``(batch_size, action_dim)``, or ``(action_dim,)`` if it is the same for all
-    :param actions: Shape ``(batch_size, action_dim)``
+    :param deviation: Actions minus their mean, shape ``(batch_size, action_dim)``
+    :param std: The same shape, or ``(action_dim,)`` if it is the same for all
     :return: Log-probability, of shape ``(batch_size,)``, and entropy, of the shape of ``std`` but for its last dimension
     """
-    log_prob = -((actions - mean) ** 2) / (2 * std**2) - std.log() - math.log(math.sqrt(2 * math.pi))
+    log_prob = -(deviation**2) / (2 * std**2) - std.log() - math.log(math.sqrt(2 * math.pi))
     entropy = 0.5 + 0.5 * math.log(2 * math.pi) + th.log(std)
     return log_prob.sum(dim=-1), entropy.sum(dim=-1)
 
 
 def gaussian_backward(
-    mean: th.Tensor,
+    deviation: th.Tensor,
     std: th.Tensor,
-    actions: th.Tensor,
     log_prob_grad: th.Tensor,
     entropy_grad: th.Tensor | None,
 ) -> tuple[th.Tensor, th.Tensor]:
     """
     The gradient of :func:`gaussian`, operation by operation that of autograd.
 
-    :param mean: Shape ``(batch_size, action_dim)``
+    :param deviation: Shape ``(batch_size, action_dim)``
     :param std: Shape ``(action_dim,)``
-    :param actions: Shape ``(batch_size, action_dim)``
     :param log_prob_grad: Gradient of the log-probabilities, shape ``(batch_size,)``
     :param entropy_grad: Gradient of the entropies, same shape; ``None`` for zero
-    :return: Gradients of ``mean`` and of ``std``
+    :return: Gradients of the mean and of ``std``
     """
-    deviation, double_variance, gradient = actions - mean, 2 * std * std, log_prob_grad.unsqueeze(1)
+    double_variance, gradient = 2 * std * std, log_prob_grad.unsqueeze(1)
     std_grad = -gradient / std
     if entropy_grad is not None:
         std_grad = entropy_grad.unsqueeze(1) / std + std_grad
@@ -126,7 +123,7 @@ def evaluate_actions(policy: ActorCriticPolicy, observations: PyTorchObs, action
     if is_gaussian(policy):
         # Expanded before it is used: the gradient is then summed over the batch where `Normal` sums it, in the same order
         std = policy.log_std.exp().expand_as(outputs)
-        log_prob, entropy = gaussian(outputs, std, actions)
+        log_prob, entropy = gaussian(actions - outputs, std)
     else:
         log_prob, entropy = categorical(outputs, actions)
     return policy.value_net(latent_vf), log_prob, entropy

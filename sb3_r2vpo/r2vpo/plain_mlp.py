@@ -85,12 +85,13 @@ class PlainMlp:
         with th.inference_mode():
             features = preprocess_obs(observations, self.policy.observation_space, self.policy.normalize_images)
             features = features.flatten(1)  # type: ignore[union-attr]
-            self.outputs, self.actions = self.actor.forward(features), actions
+            outputs = self.actor.forward(features)
             if self.log_std is None:
-                log_prob, entropy = categorical(self.outputs, actions)
+                self.inputs = outputs, actions
+                log_prob, entropy = categorical(*self.inputs)
             else:
-                self.std = self.log_std.exp()
-                log_prob, entropy = gaussian(self.outputs, self.std, actions)
+                self.inputs = actions - outputs, self.log_std.exp()
+                log_prob, entropy = gaussian(*self.inputs)
                 entropy = entropy.expand_as(log_prob)
             values = self.critic.forward(features).flatten()
         self.results = tuple(result.clone().requires_grad_() for result in (values, log_prob, entropy))
@@ -108,10 +109,10 @@ class PlainMlp:
         assert log_prob_grad is not None
         with th.inference_mode():
             if self.log_std is None:
-                outputs_grad = categorical_backward(self.outputs, self.actions, log_prob_grad, entropy_grad)
+                outputs_grad = categorical_backward(*self.inputs, log_prob_grad, entropy_grad)
             else:
-                outputs_grad, std_grad = gaussian_backward(self.outputs, self.std, self.actions, log_prob_grad, entropy_grad)
-                th.mul(std_grad, self.std, out=self.log_std.grad)
+                outputs_grad, std_grad = gaussian_backward(*self.inputs, log_prob_grad, entropy_grad)
+                th.mul(std_grad, self.inputs[1], out=self.log_std.grad)
             self.actor.backward(outputs_grad)
             self.critic.backward(values_grad.unsqueeze(1))
 
