@@ -101,7 +101,7 @@ class R2VPO(OnPolicyAlgorithm):
     :param device: Device (cpu, cuda, ...) on which the code should be run.
         Setting it to auto, the code will be run on the GPU if possible.
     :param compile: Whether to compile a minibatch's whole step with ``torch.compile``. Updates of small networks then take
-        about a third of the time; results agree with those of ``False`` up to rounding. It needs PyTorch 2.11, Adam as the
+        half the time; results agree with those of ``False`` up to rounding. It needs PyTorch 2.11, Adam as the
         optimizer, and a C++ compiler, or Triton on a GPU. The first update takes half a minute longer, less once the
         compiler's cache is warm. Where the policy keeps distribution objects (gSDE, MultiDiscrete, MultiBinary), only parts
         are compiled.
