@@ -64,8 +64,8 @@ class Layers:
 class PlainMlp:
     """
     Actor and critic of a policy that :func:`is_plain_mlp`. Their results and gradients are those of
-    ``ActorCriticPolicy.evaluate_actions`` and autograd, bit for bit; what is made of the results, the loss, is left to
-    autograd.
+    ``ActorCriticPolicy.evaluate_actions`` and autograd, bit for bit (the value of the entropy but for rounding); what is made
+    of the results, the loss, is left to autograd.
 
     :param policy: The policy. Its parameters' ``grad`` must be tensors, to which gradients are written.
     """
@@ -134,8 +134,6 @@ def is_plain_mlp(policy: nn.Module) -> bool:
         and has_usual_distribution(policy)
         and type(policy).extract_features is ActorCriticPolicy.extract_features
         and type(policy.mlp_extractor) is MlpExtractor
-        and {type(module) for name, module in policy.named_children() if "extractor" in name}
-        == {FlattenExtractor, MlpExtractor}
     ):
         return False
     actor, critic = _networks(policy)
