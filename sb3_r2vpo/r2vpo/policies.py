@@ -88,5 +88,5 @@ class LayerNormMlpPolicy(ActorCriticPolicy):
 
     def _build(self, lr_schedule: Schedule) -> None:
         super()._build(lr_schedule)
-        with th.no_grad():
-            self.action_net.weight.mul_(self.ACTION_HEAD_SCALE)
+        for parameter in self.action_net.parameters():
+            parameter.data.mul_(self.ACTION_HEAD_SCALE)
