@@ -1,0 +1,110 @@
+"""How much the coefficients matter: heat maps of R2VPO over tolerance and eta, R2VPOOff over tolerance, capacity and UTD.
+
+    python benchmarks/analysis/sensitivity.py run        all runs that are not in results/sensitivity.csv yet
+    python benchmarks/analysis/sensitivity.py report     draws figures/sensitivity.png
+
+All else is as shipped in `hyperparams/`. The return is that of the last quarter of the evaluations of a short run on cheetah-run.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Iterator
+from concurrent.futures import as_completed
+from itertools import product
+from pathlib import Path
+from typing import Any, NamedTuple
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent / "control"))
+
+import numpy as np
+import pandas as pd
+from benchmark import append_rows, fresh_processes
+from experiment import METHODS, train
+from matplotlib import pyplot as plt
+from tqdm import tqdm
+
+SENSITIVITY = HERE / "results" / "sensitivity.csv"
+TASK, N_TIMESTEPS, SEEDS = "cheetah-run", 300_000, (0, 1)
+
+#: For each map: the method, and the values of the coefficient on either axis
+MAPS: dict[str, tuple[str, dict[str, tuple[float, ...]]]] = {
+    "R2VPO, adaptive": (
+        "r2vpo",
+        {"target_variance": (0.005, 0.01, 0.03, 0.1), "dual_learning_rate": (0.002, 0.02, 0.2, 1.0)},
+    ),
+    "R2VPO, fixed": ("r2vpo", {"var_coef": (0.06, 0.25, 1.0, 4.0), "n_epochs": (5, 10, 20)}),
+    "R2VPOOff, tolerance": (
+        "r2vpo_off",
+        {"target_variance": (0.02, 0.05, 0.1, 0.3), "replay_capacity": (1, 2, 4, 8)},
+    ),
+    "R2VPOOff, updates": ("r2vpo_off", {"utd_ratio": (1, 2, 4), "replay_capacity": (1, 2, 4, 8)}),
+}
+
+
+class Cell(NamedTuple):
+    """One run: the seed first, so that all maps get their first seed before any gets a second."""
+
+    seed: int
+    map: str
+    x: float
+    y: float
+
+
+def cells() -> Iterator[Cell]:
+    for seed, (name, (_, axes)) in product(SEEDS, MAPS.items()):
+        yield from (Cell(seed, name, x, y) for x, y in product(*axes.values()))
+
+
+def execute(cell: Cell) -> dict[str, Any]:
+    name, axes = MAPS[cell.map]
+    method = METHODS[name]
+    settings = {**method.settings, **dict(zip(axes, (cell.x, cell.y), strict=True)), "compile": True}
+    rows = train(method.algorithm, settings, TASK, cell.seed, N_TIMESTEPS)
+    last_quarter = rows[-len(rows) // 4 :]
+    constants = {name: rows[-1][name] for name in ("std", "var_coef", "ratio_variance", "settings", "versions", "processor")}
+    return {**cell._asdict(), "mean_return": round(float(np.mean([r["mean_return"] for r in last_quarter])), 1), **constants}
+
+
+def run(workers: int) -> None:
+    SENSITIVITY.parent.mkdir(exist_ok=True)
+    done = set()
+    if SENSITIVITY.exists():
+        done = {Cell(*row) for row in pd.read_csv(SENSITIVITY)[list(Cell._fields)].itertuples(index=False)}
+    open_cells = [cell for cell in cells() if cell not in done]
+    with fresh_processes(workers) as pool:
+        futures = [pool.submit(execute, cell) for cell in open_cells]
+        for future in tqdm(as_completed(futures), total=len(open_cells), unit="run"):
+            append_rows(SENSITIVITY, [future.result()])
+
+
+def report() -> None:
+    rows = pd.read_csv(SENSITIVITY)
+    figure, axes = plt.subplots(1, len(MAPS), figsize=(4 * len(MAPS), 3.6), layout="constrained")
+    for ax, (name, (_, coefficients)) in zip(axes, MAPS.items(), strict=True):
+        grid = rows[rows["map"] == name].pivot_table(index="y", columns="x", values="mean_return")
+        ax.imshow(grid, cmap="viridis", vmin=0, vmax=rows["mean_return"].max(), origin="lower", aspect="auto")
+        for (i, j), value in np.ndenumerate(grid.to_numpy()):
+            ax.text(j, i, f"{value:.0f}", ha="center", va="center", color="white")
+        ax.set_xticks(range(grid.shape[1]), [f"{x:g}" for x in grid.columns])
+        ax.set_yticks(range(grid.shape[0]), [f"{y:g}" for y in grid.index])
+        x_label, y_label = coefficients
+        ax.set(title=name, xlabel=x_label, ylabel=y_label)
+    (HERE / "figures").mkdir(exist_ok=True)
+    figure.savefig(HERE / "figures" / "sensitivity.png", dpi=100)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", choices=("run", "report"))
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes of one thread (default: one a core)")
+    args = parser.parse_args()
+    if args.command == "run":
+        run(args.workers)
+    else:
+        report()
+
+
+if __name__ == "__main__":
+    main()
