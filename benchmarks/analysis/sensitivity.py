@@ -3,7 +3,7 @@
     python benchmarks/analysis/sensitivity.py run        all runs that are not in results/sensitivity.csv yet
     python benchmarks/analysis/sensitivity.py report     draws figures/sensitivity.png
 
-All else is as shipped in `hyperparams/`. The return is that of the last quarter of the evaluations of a short run on cheetah-run.
+All else is as shipped in `hyperparams/`. The return is that of the last quarter of a short run's evaluations on cheetah-run.
 """
 
 import argparse
@@ -15,15 +15,15 @@ from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
-HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent / "control"))
-
 import numpy as np
 import pandas as pd
-from benchmark import append_rows, fresh_processes
-from experiment import METHODS, train
 from matplotlib import pyplot as plt
 from tqdm import tqdm
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent / "control"))
+from benchmark import append_rows, fresh_processes  # noqa: E402
+from experiment import METHODS, train  # noqa: E402
 
 SENSITIVITY = HERE / "results" / "sensitivity.csv"
 TASK, N_TIMESTEPS, SEEDS = "cheetah-run", 300_000, (0, 1)
