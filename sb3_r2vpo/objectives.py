@@ -95,6 +95,31 @@ def r2vpo(
     return loss, ratio_statistics(log_ratio, deviation)
 
 
+def r2vpo_sequence(
+    log_ratio: th.Tensor,
+    advantages: th.Tensor,
+    *,
+    var_coef: float | th.Tensor,
+    sequence_log_ratio: th.Tensor | None = None,
+) -> tuple[th.Tensor, dict[str, th.Tensor]]:
+    """
+    :func:`r2vpo` with whole responses for actions: both ``rho A`` and the constraint take the ratio ``pi(y) / pi_b(y)`` of the
+    response, the product of its tokens' ratios, which is the exact importance weight of its reward.
+
+    All tokens of a response get the loss of the response: they stop being pushed once the response as a whole has moved to
+    ``1 + A / (2 lambda)``, where :func:`r2vpo` lets each uncertain token move that far.
+
+    :param log_ratio: Any shape.
+    :param advantages: Broadcasts to ``log_ratio``.
+    :param var_coef: ``lambda``, in units of the advantage.
+    :param sequence_log_ratio: The sum over the tokens of each response, broadcasting to ``log_ratio``; ``None`` where each
+        sample is an action of its own, and this is :func:`r2vpo`.
+    :return: Per-sample loss and statistics, both of the whole response's ratio.
+    """
+    action_log_ratio = log_ratio if sequence_log_ratio is None else sequence_log_ratio.expand_as(log_ratio)
+    return r2vpo(action_log_ratio, advantages, var_coef=var_coef)
+
+
 def clip_higher(
     log_ratio: th.Tensor, advantages: th.Tensor, *, clip_low: float = 0.2, clip_high: float = 0.28
 ) -> tuple[th.Tensor, dict[str, th.Tensor]]:
@@ -217,6 +242,7 @@ def spo(log_ratio: th.Tensor, advantages: th.Tensor, *, clip_range: float = 0.2)
 #: The objectives by the names that ``R2VPO(objective=...)`` takes.
 OBJECTIVES: dict[str, Objective] = {
     "r2vpo": r2vpo,
+    "r2vpo_sequence": r2vpo_sequence,
     "ppo_clip": ppo_clip,
     "clip_higher": clip_higher,
     "gppo": gppo,

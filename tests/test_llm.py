@@ -408,6 +408,35 @@ def test_compilation_is_refused():
         R2VPO(CausalLMPolicy, vec_env(), compile=True, policy_kwargs=policy_kwargs, **SEQUENCES)
 
 
+def test_r2vpo_constrains_whole_responses():
+    """The dual and the log get the variance of the response's ratio, not of its tokens'."""
+    env = vec_env()
+    kwargs = {"batch_size": env.num_envs, "rollout_buffer_kwargs": {"loss_normalization": "sequence"}}
+    model = R2VPO(
+        CausalLMPolicy,
+        env,
+        **{**SEQUENCES, **kwargs},
+        objective="r2vpo_sequence",
+        learning_rate=0.1,
+        policy_kwargs={"model": tiny_model(), "optimizer_class": th.optim.SGD},
+    )
+    initial = deepcopy(model.policy)
+    model.learn(env.num_envs)
+    # The second epoch's only minibatch saw the ratios of the model between the two: repeat the first epoch
+    batch = next(model.rollout_buffer.get(None))
+    optimizer = th.optim.SGD(initial.parameters(), lr=0.1)
+    log_ratio = initial.evaluate_actions(batch.observations, batch.actions)[1] - batch.old_log_prob
+    # Ratios are one: the gradient is that of -A times the log-probability of the response
+    (-batch.advantages.flatten() * log_ratio.sum(-1)).mean().backward()
+    th.nn.utils.clip_grad_norm_(initial.parameters(), model.max_grad_norm)
+    optimizer.step()
+    log_prob = initial.evaluate_actions(batch.observations, batch.actions)[1].detach()
+    deviation = (log_prob - batch.old_log_prob).sum(-1, keepdim=True).expm1().expand_as(batch.mask)
+    # Token by token, so that long responses weigh more in the statistic
+    expected = deviation.square()[batch.mask].mean().item() / 2
+    assert logged(model)["train/ratio_variance"] == pytest.approx(expected, rel=1e-3)
+
+
 def test_padding_takes_no_part():
     """The logged variance is that of tokens, and empty turns of conversations that are over are not trained on."""
     env = vec_env(Countdown(), n_prompts=8, max_turns=2, max_reply_tokens=1)
@@ -580,6 +609,18 @@ def test_bad_prompts_are_refused(prompt, message):
     for env in (vec_env(Prompts()), TokenEnv(Prompts(), **LENGTHS)):
         with pytest.raises(ValueError, match=message):
             env.reset()
+
+
+def test_masks_that_depend_on_the_conversation_are_for_single_tokens():
+    class Alternating(Echo):
+        def action_mask(self, conversation):
+            return np.arange(N_TOKENS) % 2 == len(conversation.response) % 2
+
+    env = TokenEnv(Alternating(), **LENGTHS)
+    env.reset()
+    np.testing.assert_array_equal(env.action_masks(), [True, False] * 3)
+    with pytest.raises(ValueError, match="Alternating overrides `action_mask`"):
+        vec_env(Alternating())
 
 
 def test_model_and_task_must_fit():

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch as th
 import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 transformers = pytest.importorskip("transformers")
 
@@ -48,6 +49,10 @@ def test_train_resume_eval_generate(config_path, tmp_path, capsys):
     folder = tmp_path / "run"
     main(["train", str(config_path), "--folder", str(folder)])
     assert [path.name for path in list_checkpoints(folder)] == ["checkpoint_16", "checkpoint_24"]
+    events = EventAccumulator(str(folder)).Reload()
+    [name] = events.Tags()["tensors"]
+    assert name.startswith("eval/conversation")
+    assert "three" in events.Tensors(name)[0].tensor_proto.string_val[0].decode()
     weights = transformers.AutoModelForCausalLM.from_pretrained(folder / "model").state_dict()
 
     # Once more from the checkpoint before the last rollout: the same weights

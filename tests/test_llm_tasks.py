@@ -2,6 +2,8 @@
 
 import json
 import math
+import sys
+import types
 
 import numpy as np
 import pytest
@@ -16,6 +18,7 @@ from sb3_r2vpo.llm import PADDING, CausalLMPolicy, Conversation, TokenVecEnv  # 
 from sb3_r2vpo.llm.evaluation import ResponseEvalCallback, evaluate_responses  # noqa: E402
 from sb3_r2vpo.llm.tasks import BiasedTeacherTask, MathTask, ReasoningGymTask, RewardTask  # noqa: E402
 from sb3_r2vpo.llm.tasks.biased_teacher import imitate, tiny_model  # noqa: E402
+from sb3_r2vpo.llm.tasks.math import MATH_DATASETS  # noqa: E402
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}{% if add_generation_prompt %}[bot]{% endif %}"
@@ -62,6 +65,19 @@ def test_failing_reward_function_is_named():
     assert isinstance(error.value.__cause__, KeyError)
 
 
+@pytest.mark.parametrize("result", [[1.0, 0.0], np.zeros(2), [], math.nan, "1", None])
+def test_reward_function_must_return_one_finite_number(result):
+    """A function written for whole batches returns one number too many; the environment stays where it was."""
+    task = RewardTask(["1+1"], lambda prompt, response: result, byte_tokenizer())
+    env = TokenVecEnv(task, n_prompts=1, group_size=2, max_prompt_tokens=3, max_new_tokens=2, seed=0)
+    before = env.reset()
+    response = [*task.tokenizer("2")["input_ids"], *task.eos_token_ids]
+    with pytest.raises(ValueError, match="one finite number") as error:
+        env.step(np.array([response, response]))
+    assert "'2" in str(error.value)
+    np.testing.assert_equal(env._observations(), before)
+
+
 @pytest.mark.parametrize(
     ("prompts", "tokenizer_kwargs", "kwargs", "message"),
     [
@@ -103,6 +119,34 @@ def test_math_from_json_lines(tmp_path):
         MathTask(path, byte_tokenizer())
     with pytest.raises(ValueError, match="neither"):
         MathTask("aime1984", byte_tokenizer())
+
+
+@pytest.mark.parametrize("name", MATH_DATASETS)
+def test_data_sets_by_name(name, monkeypatch):
+    """Rows come from the hub with the columns that it has; without a connection, the error says what else to do."""
+    pytest.importorskip("math_verify")
+    dataset = MATH_DATASETS[name]
+    rows = [{dataset.prompt: "6 * 7?", dataset.answer: "42"}]
+
+    def load_dataset(path, config, split):
+        assert (path, config, split) == (dataset.path, dataset.name, dataset.split)
+        return rows
+
+    hub = types.ModuleType("datasets")
+    hub.load_dataset = load_dataset
+    monkeypatch.setitem(sys.modules, "datasets", hub)
+    task = MathTask(name, byte_tokenizer())
+    assert respond(task, task.problem(0), "42") == 1.0
+
+    def unreachable(*args, **kwargs):
+        raise ConnectionError("no route to host")
+
+    hub.load_dataset = unreachable
+    with pytest.raises(RuntimeError, match=rf"'{name}'.* could not be loaded .*no route to host.*\.jsonl"):
+        MathTask(name, byte_tokenizer())
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ImportError, match="pip install datasets"):
+        MathTask(name, byte_tokenizer())
 
 
 def test_biased_teacher_knows_what_it_was_taught():
@@ -171,3 +215,4 @@ def test_evaluation_callback_logs():
     # Without `log_interval` nothing is dumped, and so nothing is cleared
     model.learn(64, callback=callback, log_interval=None)
     assert model.logger.name_to_value["eval/entropy"] > 0
+    assert ">" in model.logger.name_to_value["eval/conversation"]

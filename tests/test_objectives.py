@@ -16,6 +16,7 @@ from sb3_r2vpo.objectives import (
     mean,
     ppo_clip,
     r2vpo,
+    r2vpo_sequence,
     ratio_minus_one,
     ratio_statistics,
     sequence_mean,
@@ -27,7 +28,7 @@ from sb3_r2vpo.objectives import (
 RATIOS = (0.5, 0.9, 1.0, 1.25, 1.5, 3.0)
 
 #: One valid call of each objective
-COEFFICIENTS = {"r2vpo": {"var_coef": 0.7}, "exact_kl": {"kl_coef": 1.4}}
+COEFFICIENTS = {"r2vpo": {"var_coef": 0.7}, "r2vpo_sequence": {"var_coef": 0.7}, "exact_kl": {"kl_coef": 1.4}}
 
 
 def gradient_of_objective(objective, log_ratio, advantages, **coefficients):
@@ -109,6 +110,20 @@ def test_exact_kl_agrees_with_r2vpo_locally():
         advantages = th.ones_like(log_ratio)
         gaps.append((r2vpo(log_ratio, advantages, var_coef=0.7)[0] - exact_kl(log_ratio, advantages, kl_coef=1.4)[0]).item())
     assert gaps[0] / gaps[1] == pytest.approx(1000, rel=0.02)
+
+
+def test_r2vpo_of_whole_responses():
+    """Two tokens that double their probability make a ratio of 4: -(4 A) + lambda 9, pulled back where one token is not."""
+    log_ratio = th.tensor([[2.0, 2.0], [0.5, 1.0]], dtype=th.float64).log().requires_grad_()
+    advantages = th.tensor([[1.0], [-1.0]], dtype=th.float64)
+    loss, stats = r2vpo_sequence(log_ratio, advantages, var_coef=0.25, sequence_log_ratio=log_ratio.sum(-1, keepdim=True))
+    th.testing.assert_close(loss, th.tensor([[-1.75, -1.75], [0.5625, 0.5625]], dtype=th.float64))
+    th.testing.assert_close(stats["ratio_variance"], th.tensor([[9.0, 9.0], [0.25, 0.25]], dtype=th.float64))
+    loss.mean(-1).sum().backward()
+    # rho (A - 2 lambda (rho - 1)) for each token
+    th.testing.assert_close(-log_ratio.grad, th.tensor([[-2.0, -2.0], [-0.375, -0.375]], dtype=th.float64))
+    alone, _ = r2vpo_sequence(log_ratio, advantages, var_coef=0.25)
+    th.testing.assert_close(alone, r2vpo(log_ratio, advantages, var_coef=0.25)[0])
 
 
 def test_topr_sequence_weight():

@@ -1,8 +1,8 @@
 """The paper's comparison in miniature: policy objectives on the biased teacher's chains, on-policy and with replay.
 
-    python benchmarks/llm/biased_teacher.py tune        each method's learning rate and coefficient, from the same grid
+    python benchmarks/llm/biased_teacher.py tune        each method's learning rate and coefficient, from grids of equal size
     python benchmarks/llm/biased_teacher.py run         the chosen settings on the seeds of the comparison
-    python benchmarks/llm/biased_teacher.py report      the tables of results/README.md, and the figures
+    python benchmarks/llm/biased_teacher.py report      the tables and figures in results/
 
 All commands go on where they stopped: a run whose rows are in the CSV is not repeated.
 """
@@ -22,28 +22,48 @@ from stable_baselines3.common.callbacks import BaseCallback
 from transformers import LlamaForCausalLM
 
 from sb3_r2vpo import R2VPO, R2VPOOff
-from sb3_r2vpo.llm import CausalLMPolicy, TokenVecEnv
+from sb3_r2vpo.llm import CausalLMPolicy, Sampling, TokenVecEnv
+from sb3_r2vpo.llm.evaluation import evaluate_responses
 from sb3_r2vpo.llm.tasks.biased_teacher import BiasedTeacherTask, imitate, tiny_model
+from sb3_r2vpo.rollout_replay import StoredRollout
 
 RESULTS = Path(__file__).parent / "results"
 CHECKPOINT = Path(__file__).parent / "checkpoints" / "biased_teacher"
-TUNING, RUNS = RESULTS / "biased_teacher_tuning.csv", RESULTS / "biased_teacher.csv"
+TUNING, RUNS, TOKENS = (RESULTS / f"biased_teacher{suffix}.csv" for suffix in ("_tuning", "", "_tokens"))
 
-N_PROMPTS, GROUP_SIZE, N_MINIBATCHES, N_ITERATIONS = 32, 8, 4, 60
+N_PROMPTS, GROUP_SIZE, N_MINIBATCHES = 32, 8, 4
 IMITATION_UPDATES = 1500
-TUNING_SEEDS, SEEDS = [100], [0, 1, 2, 3, 4]
-LEARNING_RATES = [1e-4, 2e-4, 4e-4]
-REPLAY_CAPACITIES = [1, 2, 4, 8]
-UTD_RATIO = 2.0
 
-#: eta times epsilon. Token variances are tiny, but single tokens whose ratio reaches 100 make that of a minibatch exceed one:
-#: at 0.03, a few of them drove lambda from 0.3 to 35, and learning stopped.
-RELATIVE_DUAL_LEARNING_RATE = 0.001
+#: The budget of generated responses is that of 50 iterations; the claim is about half of it.
+N_ITERATIONS = 50
+HALF = N_ITERATIONS // 2
+
+#: Tuned with replay of 4 (the paper's) and half of the budget; the other capacities take the same settings, and that half.
+REPLAY_CAPACITIES = [1, 2, 4, 8]
+TUNED_CAPACITY = 4
+UTD_RATIO = 4.0
+
+#: The first seed tries all settings of a grid, the other ones the best ``N_FINALISTS`` of them.
+TUNING_SEEDS, N_FINALISTS = [100, 101, 102], 2
+SEEDS = [0, 1, 2, 3, 4]
+
+#: Learning rates of methods without and with a coefficient, which has two values to try: four settings for each method
+GRIDS = {
+    "ON": {1: (1e-4, 2e-4, 4e-4, 6e-4), 2: (2e-4, 4e-4)},
+    "OFF": {1: (5e-5, 1e-4, 2e-4, 4e-4), 2: (1e-4, 2e-4)},
+}
+
+N_HELD_OUT, HELD_OUT_BATCH = 2000, 500
+
+#: Updates after which stored tokens are looked at, and bins of their log-ratios and behaviour probabilities
+MEASURED_ITERATIONS = (5, 15, 25)
+LOG_RATIO_BINS = np.linspace(-3, 3, 61)
+PROBABILITY_BINS = np.array([0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99, 1.0])
 
 
 @dataclass(frozen=True)
 class Method:
-    """An objective, its coefficient's grid, and whether it takes part in the off-policy comparison."""
+    """An objective, its coefficient's grid, and in which of the two comparisons it takes part."""
 
     coefficients: tuple[float, ...] = (0.0,)
     off_policy: bool = False
@@ -52,14 +72,18 @@ class Method:
     def arguments(self, name: str, coefficient: float) -> dict[str, Any]:
         """Arguments of R2VPO for a coefficient of the grid."""
         match name:
-            case "r2vpo":
+            # eta times epsilon. A token whose ratio is 100 lifts the variance of a minibatch a thousandfold: at 0.03, a few of
+            # them drove lambda from 0.3 to 35. Variances of whole responses are larger, and closer to their target.
+            case "r2vpo" | "r2vpo_sequence":
+                eta = 0.001 if name == "r2vpo" else 0.01
                 return {
-                    "var_coef": "auto_0.1",
+                    "objective": name,
+                    "var_coef": "auto_0.3",
                     "target_variance": coefficient,
-                    "dual_learning_rate": RELATIVE_DUAL_LEARNING_RATE / coefficient,
+                    "dual_learning_rate": eta / coefficient,
                 }
-            case "r2vpo_fixed":
-                return {"var_coef": coefficient}
+            case "r2vpo_fixed" | "r2vpo_sequence_fixed":
+                return {"objective": name.removesuffix("_fixed"), "var_coef": coefficient}
             case "no_penalty":
                 return {"var_coef": 0.0}
             case "exact_kl":
@@ -77,6 +101,8 @@ METHODS = {
     "spo": Method(),
     "r2vpo_fixed": Method((0.1, 0.3), off_policy=True),
     "r2vpo": Method((4e-3, 1.6e-2), off_policy=True),
+    "r2vpo_sequence_fixed": Method((0.1, 0.3), off_policy=True),
+    "r2vpo_sequence": Method((0.25, 0.5), off_policy=True, on_policy=False),
     "no_penalty": Method(off_policy=True, on_policy=False),
 }
 
@@ -102,43 +128,117 @@ def base_model(task: BiasedTeacherTask) -> LlamaForCausalLM:
     return LlamaForCausalLM.from_pretrained(CHECKPOINT)
 
 
+def make_env(task: BiasedTeacherTask, n_prompts: int, group_size: int) -> TokenVecEnv:
+    """Environments of the task, of any size."""
+    return TokenVecEnv(
+        task, n_prompts, group_size, max_prompt_tokens=task.max_prompt_tokens, max_new_tokens=task.max_new_tokens
+    )
+
+
+class HeldOut:
+    """Accuracy on problems that are the same for all runs, one response each at temperature 1."""
+
+    def __init__(self, task: BiasedTeacherTask) -> None:
+        self.env = make_env(task, HELD_OUT_BATCH, 1)
+        rng = np.random.default_rng(2**32)
+        self.problems = [task.sample(rng) for _ in range(N_HELD_OUT)]
+
+    def __call__(self, policy: CausalLMPolicy) -> float:
+        with th.random.fork_rng():
+            th.manual_seed(0)
+            return evaluate_responses(policy, self.env, self.problems, Sampling())[0].mean_at_k
+
+
 class Recorder(BaseCallback):
-    """One row for each iteration: the rollout's accuracy, and what the update before it logged."""
+    """
+    One row for each iteration: the rollout's accuracy, and what the update before it logged. After half of the budget, and at
+    the end, the accuracy on held-out problems as well. Neither that nor other measurements count as CPU seconds.
+    """
 
     STATISTICS = ("ratio_variance", "ratio_max", "var_coef", "clip_fraction", "ess")
 
-    def __init__(self) -> None:
+    def __init__(self, held_out: HeldOut) -> None:
         super().__init__()
+        self.held_out = held_out
         self.rows: list[dict[str, Any]] = []
-        self.start = time.perf_counter()
+        self.start = time.process_time()
+
+    def _on_rollout_start(self) -> None:
+        if len(self.rows) == HALF:
+            self._evaluate()
+
+    def _on_training_end(self) -> None:
+        self._evaluate()
+
+    def _evaluate(self) -> None:
+        start = time.process_time()
+        self.rows[-1]["held_out"] = round(self.held_out(self.model.policy), 5)  # type: ignore[arg-type]
+        self.start += time.process_time() - start
 
     def _on_step(self) -> bool:
         episodes = [info["episode"] for info in self.locals["infos"]]
         logged = self.logger.name_to_value
+        n_tokens = sum(episode["l"] for episode in episodes)
         self.rows.append(
             {
                 "iteration": len(self.rows),
                 "responses": self.num_timesteps,
-                "seconds": round(time.perf_counter() - self.start, 3),
+                "cpu_seconds": round(time.process_time() - self.start, 2),
                 "accuracy": round(float(np.mean([episode["r"] for episode in episodes])), 5),
-                "length": round(float(np.mean([episode["l"] for episode in episodes])), 3),
-                "entropy": round(float(-self.locals["log_probs"].sum() / sum(e["l"] for e in episodes)), 5),
-                **{name: f"{logged[f'train/{name}']:.6g}" if f"train/{name}" in logged else "" for name in self.STATISTICS},
+                "length": round(n_tokens / len(episodes), 3),
+                "entropy": round(float(-self.locals["log_probs"].sum() / n_tokens), 5),
+                **{name: f"{logged[f'train/{name}']:.4g}" if f"train/{name}" in logged else "" for name in self.STATISTICS},
+                "held_out": "",
             }
         )
         return True
 
 
-def train(run: Run, n_iterations: int = N_ITERATIONS) -> list[dict[str, Any]]:
-    """Train once; return its rows."""
+class MeasuredOff(R2VPOOff):
+    """
+    Looks at stored tokens after a few updates only. `R2VPOOff` does so before each update, which here would only be a third
+    more of the computation: advantages relative to a group need no refreshing.
+    """
+
+    def _setup_model(self) -> None:
+        super()._setup_model()
+        self.token_rows: list[dict[str, Any]] = []
+
+    def _refresh(self, rollout: StoredRollout) -> float:
+        n_iterations = self.num_timesteps // self.env.num_envs  # type: ignore[union-attr]
+        if n_iterations not in MEASURED_ITERATIONS:
+            return float("nan")
+        staleness = list(self.replay_buffer.rollouts)[::-1].index(rollout)
+        self.token_rows += [{"iteration": n_iterations, "staleness": staleness, **row} for row in self._count_tokens(rollout)]
+        return float("nan")
+
+    @th.no_grad()
+    def _count_tokens(self, rollout: StoredRollout) -> list[dict[str, Any]]:
+        """How many tokens have which ratio, by sign of the advantage and probability under the behaviour policy."""
+        samples = rollout.training_tensors()
+        log_ratio = (self._evaluate_actions(samples)[1] - samples.old_log_prob)[samples.mask].numpy()  # type: ignore[attr-defined]
+        probability = samples.old_log_prob[samples.mask].exp().numpy()  # type: ignore[attr-defined]
+        positive = (samples.advantages > 0).expand_as(samples.mask)[samples.mask].numpy()  # type: ignore[attr-defined]
+        bins = np.digitize(log_ratio, LOG_RATIO_BINS), np.digitize(probability, PROBABILITY_BINS[1:-1])
+        table: dict[tuple[bool, int, int], int] = {}
+        for cell in zip(positive.tolist(), bins[1].tolist(), bins[0].tolist(), strict=True):
+            table[cell] = table.get(cell, 0) + 1
+        return [
+            {"positive": int(cell[0]), "probability_bin": cell[1], "log_ratio_bin": cell[2], "tokens": count}
+            for cell, count in sorted(table.items())
+        ]
+
+
+def train(run: Run, n_iterations: int, held_out: HeldOut) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Train once; return the rows of its iterations and of its stored tokens."""
     task = BiasedTeacherTask()
-    env = TokenVecEnv(
-        task, N_PROMPTS, GROUP_SIZE, max_prompt_tokens=task.max_prompt_tokens, max_new_tokens=task.max_new_tokens
-    )
+    env = make_env(task, N_PROMPTS, GROUP_SIZE)
     arguments = METHODS[run.method].arguments(run.method, run.coefficient)
     if run.replay:
         arguments |= {"replay_capacity": run.replay, "utd_ratio": UTD_RATIO, "recompute_advantages": False}
-    model = (R2VPOOff if run.replay else R2VPO)(
+    # Responses are weighed alike: a whole response's ratio has one gradient, however many tokens it has
+    normalization = "sequence" if "sequence" in run.method else "token"
+    model = (MeasuredOff if run.replay else R2VPO)(
         CausalLMPolicy,
         env,
         learning_rate=run.learning_rate,
@@ -147,15 +247,16 @@ def train(run: Run, n_iterations: int = N_ITERATIONS) -> list[dict[str, Any]]:
         n_epochs=1,
         normalize_advantage=False,
         max_grad_norm=1.0,
+        rollout_buffer_kwargs={"filter_uniform_groups": True, "loss_normalization": normalization},
         policy_kwargs={"model": base_model(task)},
         seed=run.seed,
         device="cpu",
         **arguments,
     )
-    recorder = Recorder()
+    recorder = Recorder(held_out)
     # The values of an update are logged until the next rollout has been recorded
     model.learn(env.num_envs * n_iterations, callback=recorder, log_interval=None)
-    return recorder.rows
+    return recorder.rows, getattr(model, "token_rows", [])
 
 
 def read(path: Path) -> list[dict[str, str]]:
@@ -173,6 +274,8 @@ def key(row: dict[str, str]) -> Run:
 
 def append(path: Path, run: Run, rows: list[dict[str, Any]]) -> None:
     """Append a finished run's rows, at once, so that an interrupted one leaves none."""
+    if not rows:
+        return
     path.parent.mkdir(exist_ok=True)
     is_new = not path.exists()
     with path.open("a", newline="") as file:
@@ -191,110 +294,59 @@ def arms() -> Iterator[tuple[str, int]]:
             yield from ((name, capacity) for capacity in REPLAY_CAPACITIES)
 
 
-def tune(selected: list[tuple[str, int]]) -> None:
-    """Run the grid; off-policy settings are tuned with the paper's replay of 4 and shared by all capacities."""
+def settings(name: str, replay: int) -> list[tuple[float, float]]:
+    """The grid of a method: learning rates and coefficients."""
+    coefficients = METHODS[name].coefficients
+    return list(itertools.product(GRIDS["OFF" if replay else "ON"][len(coefficients)], coefficients))
+
+
+def scores(name: str, replay: int) -> dict[tuple[float, float], list[float]]:
+    """Accuracies on held-out problems at the end of the tuning runs, by setting."""
+    results: dict[tuple[float, float], list[float]] = {}
+    for row in read(TUNING):
+        run = key(row)
+        if (run.method, run.replay) == (name, TUNED_CAPACITY if replay else 0):
+            results.setdefault((run.learning_rate, run.coefficient), []).append(float(row["held_out"]))
+    return results
+
+
+def tune(selected: list[tuple[str, int]], held_out: HeldOut) -> None:
+    """Run the grid with one seed, and its best settings with the other seeds; one row for each run."""
     for name, replay in selected:
-        if replay not in (0, 4):
+        if replay not in (0, TUNED_CAPACITY):
             continue
-        for rate, coefficient, seed in itertools.product(LEARNING_RATES, METHODS[name].coefficients, TUNING_SEEDS):
-            execute(TUNING, Run(name, replay, rate, coefficient, seed))
+        candidates = settings(name, replay)
+        for seed in TUNING_SEEDS:
+            for setting in candidates:
+                run = Run(name, replay, *setting, seed)
+                if run in {key(row) for row in read(TUNING)}:
+                    continue
+                rows, _ = train(run, HALF if replay else N_ITERATIONS, held_out)
+                append(TUNING, run, rows[-1:])
+                print(f"{run}: {rows[-1]['cpu_seconds']:.0f} s, accuracy {rows[-1]['held_out']:.3f}", flush=True)
+            if seed == TUNING_SEEDS[0]:
+                first = scores(name, replay)
+                candidates = sorted(candidates, key=lambda setting: -first[setting][0])[:N_FINALISTS]
 
 
 def chosen(name: str, replay: int) -> tuple[float, float]:
-    """Learning rate and coefficient with the best mean accuracy over the last ten iterations, averaged over tuning seeds."""
-    scores: dict[tuple[float, float], list[float]] = {}
-    for row in read(TUNING):
-        run = key(row)
-        if (run.method, run.replay) == (name, 4 if replay else 0) and int(row["iteration"]) >= N_ITERATIONS - 10:
-            scores.setdefault((run.learning_rate, run.coefficient), []).append(float(row["accuracy"]))
-    if not scores:
+    """Learning rate and coefficient with the best mean accuracy, of those that all tuning seeds tried."""
+    complete = {s: np.mean(values) for s, values in scores(name, replay).items() if len(values) == len(TUNING_SEEDS)}
+    if not complete:
         raise SystemExit(f"{name} with replay {replay} is not tuned yet: run `tune` first.")
-    return max(scores, key=lambda setting: float(np.mean(scores[setting])))
+    return max(complete, key=lambda setting: complete[setting])
 
 
-def execute(path: Path, run: Run) -> None:
-    """Train and record, unless that was done before."""
-    if run in {key(row) for row in read(path)}:
+def compare(seed: int, name: str, replay: int, held_out: HeldOut) -> None:
+    """Train with the chosen setting and record all, unless that was done before."""
+    run = Run(name, replay, *chosen(name, replay), seed)
+    if run in {key(row) for row in read(RUNS)}:
         return
-    rows = train(run)
-    append(path, run, rows)
-    print(f"{run}: {rows[-1]['seconds']:.0f} s, accuracy {np.mean([row['accuracy'] for row in rows[-10:]]):.3f}", flush=True)
-
-
-def final_accuracies(name: str, replay: int) -> dict[int, float]:
-    """Mean accuracy over the last ten iterations, by seed."""
-    accuracies: dict[int, list[float]] = {}
-    for row in read(RUNS):
-        run = key(row)
-        if (run.method, run.replay) == (name, replay) and int(row["iteration"]) >= N_ITERATIONS - 10:
-            accuracies.setdefault(run.seed, []).append(float(row["accuracy"]))
-    return {seed: float(np.mean(values)) for seed, values in accuracies.items()}
-
-
-def responses_to(name: str, replay: int, accuracy: float) -> float:
-    """Responses until the mean over seeds, smoothed over five iterations, reaches an accuracy; NaN if it never does."""
-    rows = [row for row in read(RUNS) if (row["method"], int(row["replay"])) == (name, replay)]
-    curve = [
-        np.mean([float(row["accuracy"]) for row in rows if int(row["iteration"]) in range(i - 4, i + 1)])
-        for i in range(4, N_ITERATIONS)
-    ]
-    reached = np.flatnonzero(np.array(curve) >= accuracy)
-    return float((reached[0] + 5) * N_PROMPTS * GROUP_SIZE) if len(reached) else float("nan")
-
-
-def confidence_interval(values: list[float], n_resamples: int = 10_000) -> tuple[float, float]:
-    """95% percentile bootstrap interval of the mean over seeds."""
-    resampled = np.random.default_rng(0).choice(values, size=(n_resamples, len(values))).mean(axis=1)
-    low, high = np.percentile(resampled, [2.5, 97.5])
-    return float(low), float(high)
-
-
-def report() -> None:
-    """Write the table of all arms, best first, and plot the curves."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    arms_run = sorted({(row["method"], int(row["replay"])) for row in read(RUNS)})
-    grpo = final_accuracies("ppo_clip", 0)
-    goal = float(np.mean(list(grpo.values()))) if grpo else float("nan")
-    lines = [
-        "| method | replay | lr | coefficient | seeds | final accuracy | 95% interval | responses to GRPO-ON's | seconds |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    table = []
-    for name, replay in arms_run:
-        accuracies = list(final_accuracies(name, replay).values())
-        rows = [row for row in read(RUNS) if (row["method"], int(row["replay"])) == (name, replay)]
-        seconds = np.mean([float(row["seconds"]) for row in rows if int(row["iteration"]) == N_ITERATIONS - 1])
-        low, high = confidence_interval(accuracies)
-        cells = [name, "ON" if replay == 0 else f"OFF {replay}", rows[0]["learning_rate"], rows[0]["coefficient"]]
-        cells += [len(accuracies), f"{np.mean(accuracies):.3f}", f"{low:.3f} to {high:.3f}"]
-        cells += [f"{responses_to(name, replay, goal):.0f}", f"{seconds:.0f}"]
-        table.append((float(np.mean(accuracies)), "| " + " | ".join(map(str, cells)) + " |"))
-    lines += [line for _, line in sorted(table, reverse=True)]
-    (RESULTS / "biased_teacher.md").write_text("\n".join(lines) + "\n")
-
-    figure, axes = plt.subplots(1, 3, figsize=(15, 4), layout="constrained")
-    for name, replay in arms_run:
-        rows = [row for row in read(RUNS) if (row["method"], int(row["replay"])) == (name, replay)]
-        iterations = range(N_ITERATIONS)
-
-        def mean_of(column: str, rows: list[dict[str, str]] = rows, iterations: range = iterations) -> list[float]:
-            values = [[float(row[column]) for row in rows if int(row["iteration"]) == i and row[column]] for i in iterations]
-            return [float(np.mean(v)) if v else float("nan") for v in values]
-
-        if replay in (0, 4):
-            axes[min(replay, 1)].plot(mean_of("responses"), mean_of("accuracy"), label=name)
-        if name == "r2vpo":
-            axes[2].plot(mean_of("responses"), mean_of("var_coef"), label="ON" if replay == 0 else f"OFF, replay of {replay}")
-    for axis, title in zip(axes, ("on-policy", "replay of 4", "multiplier of the adaptive R2VPO"), strict=True):
-        axis.set(title=title, xlabel="generated responses")
-        if axis.has_data():
-            axis.legend(fontsize="small")
-    axes[0].set_ylabel("accuracy")
-    figure.savefig(RESULTS / "biased_teacher.png", dpi=120)
+    rows, token_rows = train(run, N_ITERATIONS if replay in (0, TUNED_CAPACITY) else HALF, held_out)
+    append(RUNS, run, rows)
+    # One seed has tokens enough for a histogram
+    append(TOKENS, run, token_rows if seed == SEEDS[0] else [])
+    print(f"{run}: {rows[-1]['cpu_seconds']:.0f} s, accuracy {rows[-1]['held_out']:.3f}", flush=True)
 
 
 def main() -> None:
@@ -304,15 +356,19 @@ def main() -> None:
     parser.add_argument("--replay", nargs="+", type=int, default=[0, *REPLAY_CAPACITIES])
     parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS)
     arguments = parser.parse_args()
+    if arguments.command == "report":
+        from report import report
+
+        report()
+        return
     th.set_num_threads(1)
+    held_out = HeldOut(BiasedTeacherTask())
     selected = [arm for arm in arms() if arm[0] in arguments.methods and arm[1] in arguments.replay]
     if arguments.command == "tune":
-        tune(selected)
-    elif arguments.command == "run":
-        for seed, (name, replay) in itertools.product(arguments.seeds, selected):
-            execute(RUNS, Run(name, replay, *chosen(name, replay), seed))
+        tune(selected, held_out)
     else:
-        report()
+        for seed, (name, replay) in itertools.product(arguments.seeds, selected):
+            compare(seed, name, replay, held_out)
 
 
 if __name__ == "__main__":

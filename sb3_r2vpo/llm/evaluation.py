@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from textwrap import indent
 
 import numpy as np
 import torch as th
@@ -16,6 +17,9 @@ from sb3_r2vpo.llm.token_vec_env import TokenVecEnv
 
 #: The paper's settings for tests (Table 3).
 TEST_SAMPLING = Sampling(temperature=0.6, top_k=20, top_p=0.95)
+
+#: Logger outputs whose tables have no room for a text.
+NOT_FOR_TEXT = ("stdout", "log", "csv")
 
 #: Rewards from here on count as solved, for pass@k.
 SOLVED = 1.0
@@ -86,14 +90,14 @@ def evaluate_responses(
 
 class ResponseEvalCallback(EventCallback):
     """
-    Evaluate on the same problems every ``eval_freq`` batches of responses; log the averages as ``eval/...``, and print one
-    conversation to look at.
+    Evaluate on the same problems every ``eval_freq`` batches of responses; log the averages as ``eval/...``, and one
+    conversation, another one each time, as text: TensorBoard shows it under ``eval/conversation``.
 
     :param env: Environments to evaluate in, others than those of training; see :func:`evaluate_responses`
     :param problems: The problems
     :param eval_freq: Batches of responses between two evaluations
     :param sampling: How to sample; by default as in the paper's tests
-    :param verbose: 1 prints the averages and a conversation
+    :param verbose: 1 prints the averages and the conversation
     """
 
     def __init__(
@@ -119,7 +123,9 @@ class ResponseEvalCallback(EventCallback):
         self.last_evaluation = evaluation
         for name, value in asdict(evaluation).items():
             self.logger.record(f"eval/{name}", value)
+        text = self.env.task.decode(conversations[n_batches // self.eval_freq % len(conversations)].tokens)
+        # Indented, TensorBoard's Markdown shows it as it is
+        self.logger.record("eval/conversation", indent(text, "    ", lambda line: True), exclude=NOT_FOR_TEXT)
         if self.verbose:
-            print(f"After {self.num_timesteps} responses: {evaluation}")
-            print(self.env.task.decode(conversations[n_batches // self.eval_freq % len(conversations)].tokens))
+            print(f"After {self.num_timesteps} responses: {evaluation}", text, sep="\n")
         return True

@@ -104,6 +104,8 @@ class Task(ABC):
 
     def action_mask(self, conversation: Conversation) -> np.ndarray:
         """
+        A mask of its own for each token, if overridden, is for :class:`~sb3_r2vpo.llm.token_env.TokenEnv` only.
+
         :param conversation: As it stands; its last turn is the unfinished one, if any
         :return: Which tokens may come next, boolean, shape ``(vocab_size,)``
         """

@@ -30,7 +30,7 @@ class TokenVecEnv(VecEnv):
     :param max_turns: Turns of the policy, at most; 1 unless the task replies.
     :param max_reply_tokens: Longest reply of the task, in tokens; 0 for tasks that do not reply.
     :param seed: Of the prompts; an algorithm's own ``seed`` replaces it.
-    :raises ValueError: A number is out of its range.
+    :raises ValueError: A number is out of its range, or the task's ``action_mask`` depends on the conversation.
     """
 
     action_space: ResponseSpace
@@ -56,6 +56,11 @@ class TokenVecEnv(VecEnv):
         ):
             if number < 1:
                 raise ValueError(f"`{name}` is {number}; it must be at least 1.")
+        if type(task).action_mask is not Task.action_mask:
+            raise ValueError(
+                f"{type(task).__name__} overrides `action_mask`, which is asked token by token: use a TokenEnv. "
+                "Whole responses are generated with one mask for all tokens; pass it to the task as `allowed_tokens`."
+            )
         self.task = task
         self.n_prompts = n_prompts
         self.group_size = group_size

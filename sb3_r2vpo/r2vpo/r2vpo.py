@@ -70,9 +70,9 @@ class R2VPO(OnPolicyAlgorithm):
         minibatches of an update. A number or a schedule.
     :param dual_learning_rate: The step size ``eta`` of the adaptive multiplier, per minibatch. It should be small enough for
         the multiplier to hardly move within one update, whose first minibatches have ratios near one and whose last have not.
-    :param objective: The policy objective: "r2vpo", or a baseline to compare with in the same loop: "ppo_clip", "clip_higher",
-        "gppo", "topr", "topr_token", "exact_kl", "spo" (see ``sb3_r2vpo.objectives``). The multiplier serves "r2vpo"
-        only.
+    :param objective: The policy objective: "r2vpo"; "r2vpo_sequence", which takes the ratio of a language model's whole
+        response; or a baseline to compare with in the same loop: "ppo_clip", "clip_higher", "gppo", "topr", "topr_token",
+        "exact_kl", "spo" (see ``sb3_r2vpo.objectives``), which have no use for the multiplier.
     :param objective_kwargs: Coefficients of the baselines by their names in ``sb3_r2vpo.objectives``, numbers or schedules,
         such as ``{"clip_range": 0.1}``. ``None`` takes each one's default.
     :param clip_range_vf: Clipping parameter for the value function,
@@ -267,7 +267,7 @@ class R2VPO(OnPolicyAlgorithm):
 
     def _objective_coefficients(self) -> dict[str, Any]:
         """The coefficients that the objective takes, at the current progress of training."""
-        if self.objective == "r2vpo":
+        if self.objective.startswith("r2vpo"):
             return {"var_coef": self.dual.value}
         return {name: self._current_value(value) for name, value in (self.objective_kwargs or {}).items()}
 
@@ -434,9 +434,10 @@ class R2VPO(OnPolicyAlgorithm):
         return mean(values) if mask is None else self.rollout_buffer.reduce(values, mask)  # type: ignore[attr-defined]
 
     def _sequence_arguments(self, log_ratio: th.Tensor) -> dict[str, th.Tensor]:
-        """TOPR tapers the tokens of a response by the ratio of the whole response; log-ratios are zero at padding."""
-        is_sequence = log_ratio.ndim == 2
-        return {"sequence_log_ratio": log_ratio.sum(-1, keepdim=True)} if is_sequence and self.objective == "topr" else {}
+        """What objectives on the ratio of a whole response take; log-ratios are zero at padding."""
+        if log_ratio.ndim < 2 or self.objective not in ("topr", "r2vpo_sequence"):
+            return {}
+        return {"sequence_log_ratio": log_ratio.sum(-1, keepdim=True)}
 
     def _check_rollout_is_finite(self) -> None:
         """A NaN reward must be refused before the update: SB3 notices it only once the weights are lost (GH issue #1593)."""

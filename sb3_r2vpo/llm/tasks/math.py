@@ -40,6 +40,7 @@ def load_problems(source: str | Path, prompt: str = "problem", answer: str = "an
     :param answer: Column of the answers, in a file
     :return: Pairs of prompt and answer
     :raises ValueError: The source is neither, or a line lacks a column.
+    :raises RuntimeError: The hub can't be reached, or no longer has the data set.
     """
     if str(source).endswith(".jsonl"):
         rows = [json.loads(line) for line in Path(source).read_text().splitlines() if line.strip()]
@@ -50,7 +51,14 @@ def load_problems(source: str | Path, prompt: str = "problem", answer: str = "an
             raise ImportError(f"Loading {source!r} from the hub needs: pip install datasets") from error
         dataset = MATH_DATASETS[str(source)]
         prompt, answer = dataset.prompt, dataset.answer
-        rows = list(load_dataset(dataset.path, dataset.name, split=dataset.split))
+        try:
+            rows = list(load_dataset(dataset.path, dataset.name, split=dataset.split))
+        # What the hub's client raises depends on its version and on how the connection fails
+        except Exception as error:
+            raise RuntimeError(
+                f"{source!r}, the data set {dataset.path!r}, could not be loaded from the Hugging Face hub: {error}. "
+                "Without a connection, pass the path of a .jsonl file with the columns `prompt` and `answer` name."
+            ) from error
     else:
         raise ValueError(f"{source!r} is neither the path of a .jsonl file nor one of {', '.join(MATH_DATASETS)}.")
     for number, row in enumerate(rows, start=1):
