@@ -4,6 +4,7 @@ import importlib
 import math
 import sys
 from copy import deepcopy
+from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
@@ -225,6 +226,18 @@ def test_sampled_log_probs_are_teacher_forced_ones(sampling, micro_batch_size):
     th.testing.assert_close(log_prob, sampled, atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("kwargs", [{}, {"temperature": 0.6, "top_k": 3}])
+def test_entropies_are_those_of_the_distributions_sampled_from(kwargs):
+    """Exact for each token: at the first, equal for all that share a prompt; over many samples, minus the log-probability."""
+    env = TokenVecEnv(Echo(), 1, 4096, **LENGTHS)
+    policy = make_policy(env)
+    tokens, log_probs, entropies = policy.generate(as_tensors(env.reset()), Sampling(**kwargs))
+    th.testing.assert_close(entropies[:, 0], entropies[:1, 0].expand(4096), atol=1e-5, rtol=0)
+    assert (entropies[tokens == PADDING] == 0).all()
+    assert entropies.max() <= math.log(kwargs.get("top_k", N_TOKENS)) + 1e-5
+    assert entropies.sum().item() == pytest.approx(-log_probs.sum().item(), rel=0.05)
+
+
 @pytest.mark.parametrize("dtype", [th.float32, th.bfloat16])
 def test_other_architectures_and_half_precision(dtype):
     """GPT-2 has absolute positions, which left padding must not shift, and dropout, which must not change ratios."""
@@ -247,7 +260,7 @@ def test_sampled_frequencies_are_the_models_probabilities():
     """A step of the KV cache would shift if positions, masks or retired rows were confused: compare with brute force."""
     env = TokenVecEnv(Echo(), 1, 4096, max_prompt_tokens=4, max_new_tokens=2)
     policy = make_policy(env)
-    tokens, _ = policy.generate(as_tensors(env.reset()))
+    tokens, _, _ = policy.generate(as_tensors(env.reset()))
     prompt = list(env.conversations[0].problem.prompt)
     for first in range(N_TOKENS - 1):
         seconds = tokens[tokens[:, 0] == first, 1]
@@ -538,6 +551,45 @@ def test_save_and_load(tmp_path, algorithm):
     loaded = algorithm.load(tmp_path / "model", env=env)
     th.testing.assert_close(loaded.policy.state_dict(), model.policy.state_dict(), atol=0, rtol=0)
     loaded.learn(16)
+
+
+def write_gguf(model: transformers.LlamaForCausalLM, path: Path) -> None:
+    gguf = pytest.importorskip("gguf")
+    config = model.config
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_vocab_size(config.vocab_size)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    for name, tensor in model.state_dict().items():
+        array = tensor.numpy()
+        if "q_proj" in name or "k_proj" in name:
+            # GGUF interleaves the two halves that rotary embeddings rotate
+            heads = array.reshape(config.num_attention_heads, 2, -1, array.shape[1])
+            array = np.ascontiguousarray(heads.swapaxes(1, 2)).reshape(array.shape)
+        writer.add_tensor(names.get_name(name, try_suffixes=(".weight",)), array)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def test_gguf_file_is_trained_and_exported(tmp_path):
+    original = tiny_model()
+    write_gguf(original, tmp_path / "tiny.gguf")
+    model = R2VPO(CausalLMPolicy, vec_env(), **SEQUENCES, policy_kwargs={"model": tmp_path / "tiny.gguf"})
+    ids = th.tensor([[1, 2, 3]])
+    th.testing.assert_close(model.policy.model(ids).logits, original(ids).logits)
+    model.learn(16)
+    model.policy.export(tmp_path / "exported")
+    exported = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "exported")
+    th.testing.assert_close(exported(ids).logits, model.policy.model(ids).logits, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("lora", [None, {"r": 2, "target_modules": "all-linear", "init_lora_weights": False}])

@@ -16,6 +16,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers  # noqa: E402
 from sb3_r2vpo import R2VPO  # noqa: E402
 from sb3_r2vpo.llm import PADDING, CausalLMPolicy, Conversation, TokenVecEnv  # noqa: E402
 from sb3_r2vpo.llm.evaluation import ResponseEvalCallback, evaluate_responses  # noqa: E402
+from sb3_r2vpo.llm.policy import Generation  # noqa: E402
 from sb3_r2vpo.llm.tasks import BiasedTeacherTask, MathTask, ReasoningGymTask, RewardTask  # noqa: E402
 from sb3_r2vpo.llm.tasks.biased_teacher import imitate, tiny_model  # noqa: E402
 from sb3_r2vpo.llm.tasks.math import MATH_DATASETS  # noqa: E402
@@ -190,7 +191,7 @@ def test_evaluation_on_known_problems():
             # The second response of each group is wrong
             rows[1::3] = [task.encode("0") + [PADDING] * 5 for _ in rows[1::3]]
             tokens = th.tensor(rows)
-            return tokens, th.where(tokens == PADDING, 0.0, -0.5)
+            return Generation(tokens, th.zeros(tokens.shape), th.where(tokens == PADDING, 0.0, 0.5))
 
     evaluation, conversations = evaluate_responses(Truthful(), env, problems)
     assert [conversation.problem for conversation in conversations[::3]] == problems

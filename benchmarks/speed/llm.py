@@ -63,13 +63,13 @@ def main() -> None:
     step_space = prompt_space(task.vocab_size, task.max_prompt_tokens + task.max_new_tokens)
     step_policy = CausalLMPolicy(step_space, spaces.Discrete(task.vocab_size), lambda _: 0.0, model=model)
     observations = {key: th.as_tensor(value) for key, value in env.reset().items()}
-    tokens, _ = policy.generate(observations)
+    tokens = policy.generate(observations).tokens
     n_tokens = tokens.numel()
 
     def generate_by_rereading() -> None:
         ids = observations["input_ids"]
         for _ in range(task.max_new_tokens):
-            new_tokens, _ = step_policy.generate({"input_ids": ids, "attention_mask": th.ones_like(ids)})
+            new_tokens = step_policy.generate({"input_ids": ids, "attention_mask": th.ones_like(ids)}).tokens
             ids = th.cat([ids, new_tokens], dim=1)
 
     prefixes = [

@@ -34,7 +34,7 @@ class Evaluation:
     :param pass_at_k: Share of problems that at least one of ``k`` responses solves
     :param length: Tokens that the policy wrote in a conversation
     :param truncated: Share of conversations that a length limit cut off
-    :param entropy: In nats a token, of the distribution that was sampled from; estimated by ``-log_prob`` of the samples
+    :param entropy: In nats a token, of the distribution that was sampled from
     """
 
     mean_at_k: float
@@ -62,7 +62,7 @@ def evaluate_responses(
         raise ValueError("There are no problems to evaluate on.")
     policy.set_training_mode(False)
     scores, truncated, conversations = [], [], []
-    log_prob, n_tokens = 0.0, 0
+    entropy, n_tokens = 0.0, 0
     for start in range(0, len(problems), env.n_prompts):
         batch = list(problems[start : start + env.n_prompts])
         # The last batch is filled up; what fills it is not counted
@@ -70,9 +70,9 @@ def evaluate_responses(
         observations = env.reset()
         n_rows = len(batch) * env.group_size
         for _ in range(env.max_turns):
-            tokens, log_probs = policy.generate(obs_as_tensor(observations, policy.device), sampling)
+            tokens, _, entropies = policy.generate(obs_as_tensor(observations, policy.device), sampling)
             observations, _, _, infos = env.step(tokens.cpu().numpy())  # type: ignore[assignment]
-            log_prob += log_probs[:n_rows].sum().item()
+            entropy += entropies[:n_rows].sum().item()
             n_tokens += int((tokens[:n_rows] != PADDING).sum())
         scores += [info["episode"]["r"] for info in infos[:n_rows]]
         truncated += [info["truncated"] for info in infos[:n_rows]]
@@ -83,7 +83,7 @@ def evaluate_responses(
         pass_at_k=float((by_problem >= SOLVED).any(axis=1).mean()),
         length=n_tokens / len(scores),
         truncated=float(np.mean(truncated)),
-        entropy=-log_prob / n_tokens,
+        entropy=entropy / n_tokens,
     )
     return evaluation, conversations
 

@@ -3,7 +3,7 @@
 import inspect
 from copy import deepcopy
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch as th
 from gymnasium import spaces
@@ -16,6 +16,20 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from sb3_r2vpo.llm.sampling import Sampling, token_log_prob, truncate_logits
 from sb3_r2vpo.llm.sequence_buffer import PADDING
 from sb3_r2vpo.llm.spaces import ResponseSpace
+
+
+class Generation(NamedTuple):
+    """
+    Sampled responses, each field of shape ``(n, max_new_tokens)``; after the end ``PADDING`` and zeros.
+
+    :param tokens: Token ids
+    :param log_probs: Their log-probabilities
+    :param entropies: Entropies of the distributions that they were sampled from, in nats
+    """
+
+    tokens: th.Tensor
+    log_probs: th.Tensor
+    entropies: th.Tensor
 
 
 def load_model(model: str | Path | PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
@@ -193,7 +207,7 @@ class CausalLMPolicy(ActorCriticPolicy):
         return inputs
 
     @th.no_grad()
-    def generate(self, obs: PyTorchObs, sampling: Sampling | None = None) -> tuple[th.Tensor, th.Tensor]:
+    def generate(self, obs: PyTorchObs, sampling: Sampling | None = None) -> Generation:
         """
         Sample responses with a KV cache.
 
@@ -202,17 +216,17 @@ class CausalLMPolicy(ActorCriticPolicy):
 
         :param obs: Prompts, padded on the left
         :param sampling: How to sample; ``None`` takes the policy's own way, that of training
-        :return: tokens and their log-probabilities, each of shape ``(n, max_new_tokens)``; ``PADDING`` and 0 after the end
+        :return: The responses
         """
         sampling = sampling or self.sampling
         prompts, attention_mask = obs["input_ids"].long(), obs["attention_mask"].long()  # type: ignore[index]
         tokens = th.full((len(prompts), self.max_new_tokens), PADDING, device=prompts.device)
-        log_probs = th.zeros(tokens.shape, device=prompts.device)
+        log_probs, entropies = th.zeros(2, *tokens.shape, device=prompts.device)
         eos_token_ids = th.tensor(getattr(self.action_space, "eos_token_ids", ()), device=prompts.device)
 
         rows = attention_mask.any(-1).nonzero().flatten()
         if len(rows) == 0:
-            return tokens, log_probs
+            return Generation(tokens, log_probs, entropies)
         width = int(attention_mask.sum(-1).max())
         unique, owners = th.stack([prompts, attention_mask])[:, rows, -width:].unique(dim=1, return_inverse=True)
         outputs = self.model(**self._model_inputs(unique[0], unique[1], 1), use_cache=True)
@@ -220,9 +234,11 @@ class CausalLMPolicy(ActorCriticPolicy):
         cache.batch_select_indices(owners)
         for step in range(self.max_new_tokens):
             logits = truncate_logits(self._token_logits(logits), sampling)
-            new_tokens = th.multinomial(logits.softmax(-1), num_samples=1)
+            probabilities = logits.softmax(-1)
+            new_tokens = th.multinomial(probabilities, num_samples=1)
             tokens[rows, step] = new_tokens.flatten()
             log_probs[rows, step] = token_log_prob(logits, new_tokens.flatten())
+            entropies[rows, step] = th.special.entr(probabilities).sum(-1)
             unfinished = (~th.isin(new_tokens.flatten(), eos_token_ids)).nonzero().flatten()
             if step + 1 == self.max_new_tokens or len(unfinished) == 0:
                 break
@@ -232,7 +248,7 @@ class CausalLMPolicy(ActorCriticPolicy):
                 cache.batch_select_indices(unfinished)
             inputs = self._model_inputs(new_tokens, attention_mask, 1)
             logits = self.model(**inputs, past_key_values=cache, use_cache=True).logits[:, -1]
-        return tokens, log_probs
+        return Generation(tokens, log_probs, entropies)
 
     def forward(self, obs: PyTorchObs, deterministic: bool = False) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
         """
@@ -240,14 +256,14 @@ class CausalLMPolicy(ActorCriticPolicy):
         :param deterministic: Whether to take the most probable token each time
         :return: responses, values and log-probabilities
         """
-        tokens, log_prob = self.generate(obs, Sampling(temperature=0) if deterministic else None)
+        tokens, log_prob, _ = self.generate(obs, Sampling(temperature=0) if deterministic else None)
         values = self.predict_values(obs)
         if isinstance(self.action_space, spaces.Discrete):
             return tokens.flatten(), values, log_prob.flatten()
         return tokens, values, log_prob
 
     def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> th.Tensor:
-        return self.generate(observation, Sampling(temperature=0) if deterministic else None)[0]
+        return self.generate(observation, Sampling(temperature=0) if deterministic else None).tokens
 
     def predict_values(self, obs: PyTorchObs) -> th.Tensor:
         """
