@@ -216,6 +216,8 @@ class MeasuredOff(R2VPOOff):
     def _count_tokens(self, rollout: StoredRollout) -> list[dict[str, Any]]:
         """How many tokens have which ratio, by sign of the advantage and probability under the behaviour policy."""
         samples = rollout.training_tensors()
+        if not len(samples.old_log_prob):
+            return []
         log_ratio = (self._evaluate_actions(samples)[1] - samples.old_log_prob)[samples.mask].numpy()  # type: ignore[attr-defined]
         probability = samples.old_log_prob[samples.mask].exp().numpy()  # type: ignore[attr-defined]
         positive = (samples.advantages > 0).expand_as(samples.mask)[samples.mask].numpy()  # type: ignore[attr-defined]
