@@ -55,9 +55,10 @@ GRIDS = {
 
 N_HELD_OUT, HELD_OUT_BATCH = 2000, 500
 
-#: Updates after which stored tokens are looked at, and bins of their log-ratios and behaviour probabilities
-MEASURED_ITERATIONS = (5, 15, 25)
-LOG_RATIO_BINS = np.linspace(-3, 3, 61)
+#: Updates after which tokens of stored rollouts are looked at, how old those are, and bins of their log-ratios and behaviour
+#: probabilities
+MEASURED_ITERATIONS, MEASURED_STALENESS = (5, HALF), (1, 3, 5, 7)
+LOG_RATIO_BINS = np.linspace(-2, 2, 41)
 PROBABILITY_BINS = np.array([0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99, 1.0])
 
 
