@@ -127,7 +127,7 @@ def save(figure: plt.Figure, name: str) -> None:
     rendered = BytesIO()
     figure.savefig(rendered, dpi=90)
     plt.close(figure)
-    Image.open(rendered).convert("RGB").quantize(64).save(RESULTS / f"{name}.png", optimize=True)
+    Image.open(rendered).convert("RGB").quantize(200).save(RESULTS / f"{name}.png", optimize=True)
 
 
 def plot_curves(runs: pd.DataFrame) -> None:
