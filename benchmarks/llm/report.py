@@ -173,6 +173,7 @@ def plot_multiplier(runs: pd.DataFrame) -> None:
             axes[1].axhline(rows["coefficient"].iloc[0], color=colour, ls=":" if replay else "-.", lw=0.8)
     axes[0].set(title="multiplier λ (thick: median of the seeds)", xlabel="generated responses")
     axes[1].set(title="ratio variance of updates, and its targets", xlabel="generated responses", yscale="log")
+    axes[1].set_ylim(bottom=1e-5)
     axes[0].legend(fontsize=8)
     save(figure, "multiplier")
 
