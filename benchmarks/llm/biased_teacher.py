@@ -39,8 +39,10 @@ N_ITERATIONS = 50
 HALF = N_ITERATIONS // 2
 
 #: With replay, runs have half of the budget. They are tuned at the paper's capacity, and the others take the same settings.
+#: The two best ones at that capacity go on to the end, to see how many responses they need.
 REPLAY_CAPACITIES = [1, 2, 4, 8]
 TUNED_CAPACITY = 4
+WHOLE_BUDGET = ("topr", "r2vpo_sequence_fixed")
 UTD_RATIO = 4.0
 
 #: The first seed tries all settings of a grid, the other ones the best ``N_FINALISTS`` of them.
@@ -297,11 +299,6 @@ def arms() -> Iterator[tuple[str, int]]:
             yield from ((name, capacity) for capacity in REPLAY_CAPACITIES)
 
 
-def run_length(replay: int) -> int:
-    """Iterations of a run: the budget, or with replay half of it."""
-    return HALF if replay else N_ITERATIONS
-
-
 def settings(name: str, replay: int) -> list[tuple[float, float]]:
     """The grid of a method: learning rates and coefficients."""
     coefficients = METHODS[name].coefficients
@@ -329,7 +326,7 @@ def tune(selected: list[tuple[str, int]], held_out: HeldOut) -> None:
                 run = Run(name, replay, *setting, seed)
                 if run in {key(row) for row in read(TUNING)}:
                     continue
-                rows, _ = train(run, run_length(replay), held_out)
+                rows, _ = train(run, HALF if replay else N_ITERATIONS, held_out)
                 append(TUNING, run, rows[-1:])
                 print(f"{run}: {rows[-1]['cpu_seconds']:.0f} s, accuracy {rows[-1]['held_out']:.3f}", flush=True)
             if seed == TUNING_SEEDS[0]:
@@ -350,7 +347,8 @@ def compare(seed: int, name: str, replay: int, held_out: HeldOut) -> None:
     run = Run(name, replay, *chosen(name, replay), seed)
     if run in {key(row) for row in read(RUNS)}:
         return
-    rows, token_rows = train(run, run_length(replay), held_out)
+    goes_on = replay == 0 or (replay == TUNED_CAPACITY and name in WHOLE_BUDGET)
+    rows, token_rows = train(run, N_ITERATIONS if goes_on else HALF, held_out)
     append(RUNS, run, rows)
     # One seed has tokens enough for a histogram
     append(TOKENS, run, token_rows if seed == SEEDS[0] else [])
