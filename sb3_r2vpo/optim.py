@@ -218,7 +218,7 @@ def descend(
     :param may_step: A boolean scalar, a further condition of the step; ``None`` for none
     :return: Whether the step was made, and the norm of each parameter's gradient before clipping
     """
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    gradients = [gradient for parameter in parameters if (gradient := parameter.grad) is not None]
     flat = optimizer.gather_gradients() if isinstance(optimizer, FlatAdam) else None
     norms = th.stack(th._foreach_norm(gradients))
     clip_coef, accept = clip_coefficient(norms, max_norm)

@@ -13,13 +13,16 @@ Evaluation = tuple[th.Tensor, th.Tensor, th.Tensor | None]
 
 def gaussian(deviation: th.Tensor, std: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
     """
-    Log-probability and entropy of a diagonal Gaussian, operation by operation those of ``torch.distributions.Normal``.
+    Log-probability and entropy of a diagonal Gaussian, bit for bit those of ``torch.distributions.Normal``.
+
+    It multiplies by powers of two later than ``Normal`` does, once: that is exact.
 
     :param deviation: Actions minus their mean, shape ``(batch_size, action_dim)``
     :param std: The same shape, or ``(action_dim,)`` if it is the same for all
     :return: Log-probability, of shape ``(batch_size,)``, and entropy, of the shape of ``std`` but for its last dimension
     """
-    log_prob = -(deviation**2) / (2 * std**2) - std.log() - math.log(math.sqrt(2 * math.pi))
+    squared = deviation**2 / std**2
+    log_prob = th.sub(-std.log(), squared, alpha=0.5) - math.log(math.sqrt(2 * math.pi))
     entropy = 0.5 + 0.5 * math.log(2 * math.pi) + th.log(std)
     return log_prob.sum(dim=-1), entropy.sum(dim=-1)
 
@@ -31,7 +34,7 @@ def gaussian_backward(
     entropy_grad: th.Tensor | None,
 ) -> tuple[th.Tensor, th.Tensor]:
     """
-    The gradient of :func:`gaussian`, operation by operation that of autograd.
+    The gradient of :func:`gaussian`, bit for bit that of autograd.
 
     :param deviation: Shape ``(batch_size, action_dim)``
     :param std: Shape ``(action_dim,)``
@@ -39,13 +42,12 @@ def gaussian_backward(
     :param entropy_grad: Gradient of the entropies, same shape; ``None`` for zero
     :return: Gradients of the mean and of ``std``
     """
-    double_variance, gradient = 2 * std * std, log_prob_grad.unsqueeze(1)
-    std_grad = -gradient / std
+    variance, gradient = std * std, log_prob_grad.unsqueeze(1)
+    std_grad = gradient / std
     if entropy_grad is not None:
-        std_grad = entropy_grad.unsqueeze(1) / std + std_grad
-    exponent = deviation * deviation / double_variance
-    std_grad = std_grad + exponent / double_variance * gradient * (4 * std)
-    return gradient / double_variance * (2 * deviation), std_grad.sum(dim=0)
+        std_grad = std_grad - entropy_grad.unsqueeze(1) / std
+    std_grad = deviation * deviation / variance / variance * gradient * std - std_grad
+    return gradient / variance * deviation, std_grad.sum(dim=0)
 
 
 def categorical(logits: th.Tensor, actions: th.Tensor) -> tuple[th.Tensor, th.Tensor]:

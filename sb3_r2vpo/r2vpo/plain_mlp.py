@@ -68,18 +68,21 @@ class PlainMlp:
     of the results, the loss, is left to autograd.
 
     :param policy: The policy. Its parameters' ``grad`` must be tensors, to which gradients are written.
+    :param entropy_gradient: Whether the loss depends on the entropy
     """
 
-    def __init__(self, policy: ActorCriticPolicy) -> None:
+    def __init__(self, policy: ActorCriticPolicy, entropy_gradient: bool = True) -> None:
         self.policy = policy
         self.actor, self.critic = (Layers(*layers) for layers in _networks(policy))
         self.log_std = policy.log_std if is_gaussian(policy) else None
+        self.entropy_gradient = entropy_gradient
 
     def evaluate_actions(self, observations: th.Tensor, actions: th.Tensor) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
         """
         :param observations: A batch of observations
         :param actions: The actions to evaluate
-        :return: values, log-probabilities and entropy, each of shape ``(batch_size,)``: leaves of autograd's graph
+        :return: values, log-probabilities and entropy, each of shape ``(batch_size,)``: leaves of autograd's graph, but for an
+            entropy that the loss does not depend on
         """
         # Faster than `no_grad`. Its tensors can't enter a graph, their copies can.
         with th.inference_mode():
@@ -94,8 +97,10 @@ class PlainMlp:
                 log_prob, entropy = gaussian(*self.inputs)
                 entropy = entropy.expand_as(log_prob)
             values = self.critic.forward(features).flatten()
-        self.results = tuple(result.clone().requires_grad_() for result in (values, log_prob, entropy))
-        return self.results  # type: ignore[return-value]
+        self.values, self.log_prob, self.entropy = values.clone().requires_grad_(), log_prob.clone().requires_grad_(), entropy
+        if self.entropy_gradient:
+            self.entropy = entropy.clone().requires_grad_()
+        return self.values, self.log_prob, self.entropy
 
     def backward(self, loss: th.Tensor) -> None:
         """
@@ -104,7 +109,7 @@ class PlainMlp:
         :param loss: A scalar made of the results of the last :meth:`evaluate_actions`
         """
         loss.backward()
-        values_grad, log_prob_grad, entropy_grad = (result.grad for result in self.results)
+        values_grad, log_prob_grad, entropy_grad = self.values.grad, self.log_prob.grad, self.entropy.grad
         assert values_grad is not None
         assert log_prob_grad is not None
         with th.inference_mode():

@@ -323,7 +323,7 @@ class R2VPO(OnPolicyAlgorithm):
 
         log_ratio = log_prob - rollout_data.old_log_prob
         objective = OBJECTIVES[self.objective]
-        losses, ratio_stats = objective(log_ratio, advantages, **coefficients, **self._sequence_arguments(log_ratio))
+        losses, deviation = objective(log_ratio, advantages, **coefficients, **self._sequence_arguments(log_ratio))
         loss = policy_loss = self._reduce(losses, rollout_data)
 
         # Entropy favors exploration; -log_prob estimates it where there is no closed form
@@ -341,14 +341,14 @@ class R2VPO(OnPolicyAlgorithm):
 
         parts = {
             "log_ratio": drop_padding(log_ratio, rollout_data),
-            "ratio_variance": drop_padding(ratio_stats["ratio_variance"], rollout_data).mean(),
+            "ratio_variance": drop_padding(deviation, rollout_data).square().mean(),
             "policy_gradient_loss": policy_loss,
             "value_loss": value_loss,
             "entropy_loss": entropy_loss,
             "loss": loss,
         }
         if self.target_kl is not None:
-            parts["approx_kl"] = drop_padding(ratio_stats["approx_kl"], rollout_data).mean()
+            parts["approx_kl"] = drop_padding(deviation - log_ratio.detach(), rollout_data).mean()
         return loss, {name: part.detach() for name, part in parts.items()}
 
     def _descend(self, loss: th.Tensor, may_step: th.Tensor | None) -> tuple[th.Tensor, th.Tensor]:
@@ -422,7 +422,7 @@ class R2VPO(OnPolicyAlgorithm):
         if self.compile:
             self._flat_adam = flat_state(optimizer, self._parameters)
         elif is_plain_mlp(self.policy):
-            self._plain_mlp = PlainMlp(self.policy)
+            self._plain_mlp = PlainMlp(self.policy, entropy_gradient=self.ent_coef != 0)
             for parameter in self._parameters:
                 parameter.grad = th.zeros_like(parameter)
             if isinstance(optimizer, FlatAdam):
