@@ -31,6 +31,7 @@ from sb3_r2vpo.optim import (
     descend_by_tensors,
     flat_state,
     refuse_nonfinite,
+    where,
     with_fewer_operations,
 )
 from sb3_r2vpo.r2vpo.evaluation import evaluate_actions
@@ -351,7 +352,7 @@ class R2VPO(OnPolicyAlgorithm):
             parts["approx_kl"] = drop_padding(deviation - log_ratio.detach(), rollout_data).mean()
         return loss, {name: part.detach() for name, part in parts.items()}
 
-    def _descend(self, loss: th.Tensor, may_step: th.Tensor | None) -> tuple[th.Tensor, th.Tensor]:
+    def _descend(self, loss: th.Tensor, may_step: th.Tensor | None) -> tuple[th.Tensor | bool, th.Tensor]:
         """One optimizer step on the loss; see :func:`~sb3_r2vpo.optim.descend`."""
         if self._flat_adam is not None:
             return descend_by_tensors(loss, self._parameters, self._flat_adam, self.max_grad_norm, may_step)
@@ -378,7 +379,7 @@ class R2VPO(OnPolicyAlgorithm):
         may_step = None if self.target_kl is None else parts["approx_kl"] <= 1.5 * self.target_kl
         accepted, parts["grad_norms"] = self._descend(loss, may_step)
         # No violation where there is no step
-        ratio_variance = th.where(accepted, parts["ratio_variance"], target_variance)
+        ratio_variance = where(accepted, parts["ratio_variance"], target_variance)
         self.dual.step(ratio_variance, target_variance, self.dual_learning_rate)
         return parts
 
