@@ -73,9 +73,7 @@ def ratio_statistics(log_ratio: th.Tensor) -> dict[str, th.Tensor]:
     return {"ratio": deviation + 1.0, "ratio_variance": deviation.square(), "approx_kl": deviation - log_ratio}
 
 
-def r2vpo(
-    log_ratio: th.Tensor, advantages: th.Tensor, *, var_coef: float | th.Tensor
-) -> tuple[th.Tensor, th.Tensor]:
+def r2vpo(log_ratio: th.Tensor, advantages: th.Tensor, *, var_coef: float | th.Tensor) -> tuple[th.Tensor, th.Tensor]:
     """
     Ratio-variance regularized objective, R2VPO Theorem 4.3: ``-(rho A) + lambda (rho - 1)^2``.
 
@@ -111,9 +109,7 @@ def clip_higher(
     return loss, ratio_minus_one(log_ratio.detach())
 
 
-def ppo_clip(
-    log_ratio: th.Tensor, advantages: th.Tensor, *, clip_range: float = 0.2
-) -> tuple[th.Tensor, th.Tensor]:
+def ppo_clip(log_ratio: th.Tensor, advantages: th.Tensor, *, clip_range: float = 0.2) -> tuple[th.Tensor, th.Tensor]:
     """
     PPO's clipped surrogate (https://arxiv.org/abs/1707.06347, Eq. 7), also GRPO's:
     ``-min(rho A, clip(rho, 1 - clip_range, 1 + clip_range) A)``.
@@ -180,9 +176,7 @@ def topr_token(log_ratio: th.Tensor, advantages: th.Tensor) -> tuple[th.Tensor, 
     return topr(log_ratio, advantages)
 
 
-def exact_kl(
-    log_ratio: th.Tensor, advantages: th.Tensor, *, kl_coef: float | th.Tensor
-) -> tuple[th.Tensor, th.Tensor]:
+def exact_kl(log_ratio: th.Tensor, advantages: th.Tensor, *, kl_coef: float | th.Tensor) -> tuple[th.Tensor, th.Tensor]:
     """
     Penalty on KL(pi_b || pi), estimated without bias from samples of ``pi_b``: ``-(rho A) + beta (rho - 1 - log rho)``.
 

@@ -204,7 +204,7 @@ def clip_coefficient(norms: th.Tensor, max_norm: float) -> tuple[th.Tensor, th.T
 
 
 def clip_coefficient_on_host(norms: th.Tensor, max_norm: float) -> tuple[float, bool]:
-    """:func:`clip_coefficient`, bit for bit, read by the host after its first operation: that of a scalar is soon done there."""
+    """:func:`clip_coefficient`, bit for bit, but read by the host after its first operation: it is faster with scalars."""
     total_norm = th.linalg.vector_norm(norms).numpy(force=True)[()]
     # Of the tensor's precision
     number = type(total_norm)

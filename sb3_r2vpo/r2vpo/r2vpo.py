@@ -368,7 +368,7 @@ class R2VPO(OnPolicyAlgorithm):
         rollout_data: RolloutBufferSamples,
         coefficients: dict[str, Any],
         clip_range_vf: float | th.Tensor | None,
-        target_variance: float | th.Tensor,
+        target_variance: th.Tensor,
     ) -> dict[str, th.Tensor]:
         """
         One minibatch: ascent on the policy, unless it is too far from the behaviour policy already, and on the multiplier.
