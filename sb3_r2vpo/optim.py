@@ -205,6 +205,10 @@ def clip_coefficient(norms: th.Tensor, max_norm: float) -> tuple[th.Tensor, th.T
 
 def clip_coefficient_on_host(norms: th.Tensor, max_norm: float) -> tuple[float, bool]:
     """:func:`clip_coefficient`, bit for bit, but read by the host after its first operation: it is faster with scalars."""
+    # NumPy has no bfloat16
+    if norms.dtype not in (th.float32, th.float64):
+        clip_coef, is_finite = clip_coefficient(norms, max_norm)
+        return clip_coef.item(), bool(is_finite)
     total_norm = th.linalg.vector_norm(norms).numpy(force=True)[()]
     # Of the tensor's precision
     number = type(total_norm)
