@@ -83,6 +83,9 @@ def shuffled_minibatches(rollouts: Sequence[RolloutBufferSamples], batch_size: i
 def _gather(rollouts: Sequence[RolloutBufferSamples], lengths: list[int], indices: np.ndarray) -> RolloutBufferSamples:
     """The steps of these indices, which number the steps of all rollouts consecutively."""
     device = rollouts[0].old_log_prob.device
+    if len(rollouts) == 1:
+        steps = th.as_tensor(indices, device=device)
+        return type(rollouts[0])(*(map_field(lambda tensor: tensor[steps], field) for field in rollouts[0]))
     # For each rollout: which of its steps, and where they go
     moves = []
     for end, length in zip(np.cumsum(lengths), lengths, strict=True):

@@ -1,12 +1,12 @@
 """Policy objectives in ratio space, as pure functions, and the reductions that turn them into a scalar loss.
 
-Every objective has the form ``objective(log_ratio, advantages, *, <coefficients>) -> (loss, stats)``:
+Every objective has the form ``objective(log_ratio, advantages, *, <coefficients>) -> (loss, deviation)``:
 
 - ``log_ratio``: ``log pi(a|s) - log pi_b(a|s)``, any shape. ``pi_b`` is the policy that generated the sample.
 - ``advantages``: same shape, or one that broadcasts to it (one advantage for all tokens of a response).
 - ``loss``: to be minimised, one value per sample, of the shape of ``log_ratio``. Neither reduced nor masked.
-- ``stats``: detached tensors of the same shape: ``ratio``, ``ratio_variance`` (``(rho - 1)^2``, whose mean is the
-  variance estimate of Proposition 4.1) and ``approx_kl`` (``rho - 1 - log rho``, Schulman's k3 estimator).
+- ``deviation``: ``rho - 1``, detached, same shape. The mean of its square is the variance estimate of Proposition 4.1, and
+  :func:`ratio_statistics` tells what else follows from it.
 
 Half-precision inputs are computed, and returned, in float32. In float32 ``exp`` overflows at a log-ratio of 88 and its
 square at 44, so every ratio is continued by its tangent beyond ``MAX_LOG_RATIO``: see :func:`ratio_minus_one`. Loss and
@@ -21,7 +21,7 @@ from typing import Any
 
 import torch as th
 
-Objective = Callable[..., tuple[th.Tensor, dict[str, th.Tensor]]]
+Objective = Callable[..., tuple[th.Tensor, th.Tensor]]
 
 #: Log-ratio beyond which the ratio is continued by its tangent. No ratio that a trust region should ever see is changed
 #: (``exp(10)`` is 22026), and the gradient of the squared deviation stays small enough (below 1e11 at a log-ratio of 100) for
@@ -56,28 +56,24 @@ def ratio_minus_one(log_ratio: th.Tensor) -> th.Tensor:
     :return: ``rho - 1``, same shape.
     """
     log_ratio = _in_float32(log_ratio)
-    return th.add(
-        th.expm1(log_ratio.clamp(max=MAX_LOG_RATIO)), th.relu(log_ratio - MAX_LOG_RATIO), alpha=math.exp(MAX_LOG_RATIO)
-    )
+    excess = th.relu(log_ratio - MAX_LOG_RATIO)
+    return th.add(th.expm1(log_ratio - excess), excess, alpha=math.exp(MAX_LOG_RATIO))
 
 
-def ratio_statistics(log_ratio: th.Tensor, deviation: th.Tensor | None = None) -> dict[str, th.Tensor]:
+def ratio_statistics(log_ratio: th.Tensor) -> dict[str, th.Tensor]:
     """
-    What every objective reports of its ratios, detached, one value per sample.
+    What can be reported of ratios, detached, one value per sample.
 
     :param log_ratio: Any shape.
-    :param deviation: Its :func:`ratio_minus_one`, if that has been computed.
     :return: ``ratio``, ``ratio_variance`` = ``(rho - 1)^2`` and ``approx_kl`` = ``rho - 1 - log rho``
         (http://joschu.net/blog/kl-approx.html).
     """
     log_ratio = log_ratio.detach()
-    deviation = ratio_minus_one(log_ratio) if deviation is None else deviation.detach()
+    deviation = ratio_minus_one(log_ratio)
     return {"ratio": deviation + 1.0, "ratio_variance": deviation.square(), "approx_kl": deviation - log_ratio}
 
 
-def r2vpo(
-    log_ratio: th.Tensor, advantages: th.Tensor, *, var_coef: float | th.Tensor
-) -> tuple[th.Tensor, dict[str, th.Tensor]]:
+def r2vpo(log_ratio: th.Tensor, advantages: th.Tensor, *, var_coef: float | th.Tensor) -> tuple[th.Tensor, th.Tensor]:
     """
     Ratio-variance regularized objective, R2VPO Theorem 4.3: ``-(rho A) + lambda (rho - 1)^2``.
 
@@ -87,12 +83,12 @@ def r2vpo(
     :param log_ratio: Any shape.
     :param advantages: Broadcasts to ``log_ratio``.
     :param var_coef: ``lambda``, in units of the advantage.
-    :return: Per-sample loss and statistics.
+    :return: Per-sample loss and deviation.
     """
     deviation = ratio_minus_one(log_ratio)
     # The same multiplied out: fewer operations, and no digit of a small deviation is lost in a sum with one
     loss = deviation * (var_coef * deviation - advantages) - advantages
-    return loss, ratio_statistics(log_ratio, deviation)
+    return loss, deviation.detach()
 
 
 def r2vpo_sequence(
@@ -122,7 +118,7 @@ def r2vpo_sequence(
 
 def clip_higher(
     log_ratio: th.Tensor, advantages: th.Tensor, *, clip_low: float = 0.2, clip_high: float = 0.28
-) -> tuple[th.Tensor, dict[str, th.Tensor]]:
+) -> tuple[th.Tensor, th.Tensor]:
     """
     Clipped surrogate with a looser upper bound (GRPO-CH), DAPO (https://arxiv.org/abs/2503.14476), whose defaults these are:
     ``-min(rho A, clip(rho, 1 - clip_low, 1 + clip_high) A)``.
@@ -131,16 +127,14 @@ def clip_higher(
     :param advantages: Broadcasts to ``log_ratio``.
     :param clip_low: The ratio is clipped below at ``1 - clip_low``.
     :param clip_high: The ratio is clipped above at ``1 + clip_high``.
-    :return: Per-sample loss and statistics.
+    :return: Per-sample loss and deviation.
     """
     ratio = importance_ratio(log_ratio)
     loss = -th.min(advantages * ratio, advantages * th.clamp(ratio, 1 - clip_low, 1 + clip_high))
-    return loss, ratio_statistics(log_ratio)
+    return loss, ratio_minus_one(log_ratio.detach())
 
 
-def ppo_clip(
-    log_ratio: th.Tensor, advantages: th.Tensor, *, clip_range: float = 0.2
-) -> tuple[th.Tensor, dict[str, th.Tensor]]:
+def ppo_clip(log_ratio: th.Tensor, advantages: th.Tensor, *, clip_range: float = 0.2) -> tuple[th.Tensor, th.Tensor]:
     """
     PPO's clipped surrogate (https://arxiv.org/abs/1707.06347, Eq. 7), also GRPO's:
     ``-min(rho A, clip(rho, 1 - clip_range, 1 + clip_range) A)``.
@@ -148,14 +142,14 @@ def ppo_clip(
     :param log_ratio: Any shape.
     :param advantages: Broadcasts to ``log_ratio``.
     :param clip_range: PPO's epsilon; 0.2 as in SB3.
-    :return: Per-sample loss and statistics.
+    :return: Per-sample loss and deviation.
     """
     return clip_higher(log_ratio, advantages, clip_low=clip_range, clip_high=clip_range)
 
 
 def gppo(
     log_ratio: th.Tensor, advantages: th.Tensor, *, clip_low: float = 0.2, clip_high: float = 0.28
-) -> tuple[th.Tensor, dict[str, th.Tensor]]:
+) -> tuple[th.Tensor, th.Tensor]:
     """
     Gradient-preserving clipping, GPPO (https://arxiv.org/abs/2508.07629): the value of the clipped surrogate, but a clipped
     sample keeps a gradient of size ``1 - clip_low`` or ``1 + clip_high`` times ``A grad log pi``.
@@ -164,19 +158,19 @@ def gppo(
     :param advantages: Broadcasts to ``log_ratio``.
     :param clip_low: The ratio is clipped below at ``1 - clip_low``.
     :param clip_high: The ratio is clipped above at ``1 + clip_high``.
-    :return: Per-sample loss and statistics.
+    :return: Per-sample loss and deviation.
     """
     ratio = importance_ratio(log_ratio)
     # exp(x - sg(x)) is one, and its gradient is that of log pi
     log_prob_gradient = th.exp(_in_float32(log_ratio - log_ratio.detach()))
     clipped_ratio = th.clamp(ratio.detach(), 1 - clip_low, 1 + clip_high) * log_prob_gradient
     loss = -th.min(advantages * ratio, advantages * clipped_ratio)
-    return loss, ratio_statistics(log_ratio)
+    return loss, ratio_minus_one(log_ratio.detach())
 
 
 def topr(
     log_ratio: th.Tensor, advantages: th.Tensor, *, sequence_log_ratio: th.Tensor | None = None
-) -> tuple[th.Tensor, dict[str, th.Tensor]]:
+) -> tuple[th.Tensor, th.Tensor]:
     """
     Tapered off-policy REINFORCE, TOPR (https://arxiv.org/abs/2503.14286): ``-w A log pi`` with ``w = 1`` for samples to be
     made more likely, and ``w = sg(clip(rho, 0, 1))`` for those to be made less likely.
@@ -187,29 +181,27 @@ def topr(
     :param advantages: Broadcasts to ``log_ratio``; their sign decides on ``w``.
     :param sequence_log_ratio: Log-ratio that sets ``w``, broadcasting to ``log_ratio``. Pass the sum over the tokens of each
         response for the paper's form; the default, ``None``, takes each sample's own (the token form).
-    :return: Per-sample loss and statistics.
+    :return: Per-sample loss and deviation.
     """
     weight_log_ratio = log_ratio if sequence_log_ratio is None else sequence_log_ratio
     taper = th.exp(_in_float32(weight_log_ratio.detach()).clamp(max=0.0))
     weight = th.where(advantages >= 0, th.ones_like(taper), taper)
     loss = -weight * advantages * _in_float32(log_ratio)
-    return loss, ratio_statistics(log_ratio)
+    return loss, ratio_minus_one(log_ratio.detach())
 
 
-def topr_token(log_ratio: th.Tensor, advantages: th.Tensor) -> tuple[th.Tensor, dict[str, th.Tensor]]:
+def topr_token(log_ratio: th.Tensor, advantages: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
     """
     TOPR's other form: each token of a response is tapered by its own ratio, not by that of the whole response.
 
     :param log_ratio: Any shape.
     :param advantages: Broadcasts to ``log_ratio``.
-    :return: Per-sample loss and statistics.
+    :return: Per-sample loss and deviation.
     """
     return topr(log_ratio, advantages)
 
 
-def exact_kl(
-    log_ratio: th.Tensor, advantages: th.Tensor, *, kl_coef: float | th.Tensor
-) -> tuple[th.Tensor, dict[str, th.Tensor]]:
+def exact_kl(log_ratio: th.Tensor, advantages: th.Tensor, *, kl_coef: float | th.Tensor) -> tuple[th.Tensor, th.Tensor]:
     """
     Penalty on KL(pi_b || pi), estimated without bias from samples of ``pi_b``: ``-(rho A) + beta (rho - 1 - log rho)``.
 
@@ -219,14 +211,14 @@ def exact_kl(
     :param log_ratio: Any shape.
     :param advantages: Broadcasts to ``log_ratio``.
     :param kl_coef: ``beta``, in units of the advantage.
-    :return: Per-sample loss and statistics.
+    :return: Per-sample loss and deviation.
     """
     deviation = ratio_minus_one(log_ratio)
     loss = -(deviation + 1.0) * advantages + kl_coef * (deviation - log_ratio)
-    return loss, ratio_statistics(log_ratio, deviation)
+    return loss, deviation.detach()
 
 
-def spo(log_ratio: th.Tensor, advantages: th.Tensor, *, clip_range: float = 0.2) -> tuple[th.Tensor, dict[str, th.Tensor]]:
+def spo(log_ratio: th.Tensor, advantages: th.Tensor, *, clip_range: float = 0.2) -> tuple[th.Tensor, th.Tensor]:
     """
     Simple policy optimization, SPO (https://arxiv.org/abs/2401.16025): ``-(rho A) + |A| (rho - 1)^2 / (2 c)``, whose optimum
     for one sample is ``rho = 1 + c sign(A)``.
@@ -234,7 +226,7 @@ def spo(log_ratio: th.Tensor, advantages: th.Tensor, *, clip_range: float = 0.2)
     :param log_ratio: Any shape.
     :param advantages: Broadcasts to ``log_ratio``.
     :param clip_range: ``c``, the deviation at the optimum; 0.2 as in the paper.
-    :return: Per-sample loss and statistics.
+    :return: Per-sample loss and deviation.
     """
     return r2vpo(log_ratio, advantages, var_coef=advantages.abs() / (2 * clip_range))
 

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sb3_r2vpo import R2VPO, R2VPOOff
 from sb3_r2vpo.minibatches import rollout_tensors, shuffled_minibatches
-from sb3_r2vpo.optim import FlatAdam, descend
+from sb3_r2vpo.optim import FlatAdam, clip_coefficient, clip_coefficient_on_host, descend
 from sb3_r2vpo.r2vpo.evaluation import evaluate_actions
 from sb3_r2vpo.r2vpo.plain_mlp import PlainMlp, is_plain_mlp
 
@@ -124,6 +124,15 @@ def test_gradients_by_hand_are_those_of_autograd_bit_for_bit(observation_space, 
     th.testing.assert_close(results[2], expected[2])
     for (name, parameter), gradient in zip(policy.named_parameters(), gradients, strict=True):
         assert th.equal(parameter.grad, gradient), name
+
+
+@pytest.mark.parametrize("ent_coef", [0.0, 0.01])
+@pytest.mark.parametrize("env_id", ["Pendulum-v1", "CartPole-v1"])
+def test_entropy_is_logged_whether_or_not_the_loss_depends_on_it(env_id, ent_coef):
+    model = R2VPO("MlpPolicy", env_id, ent_coef=ent_coef, learning_rate=0.0, **SMALL).learn(32)
+    observations = rollout_tensors(model.rollout_buffer).observations
+    entropy = model.policy.get_distribution(observations).entropy().mean().item()
+    assert logged(model)["train/entropy_loss"] == pytest.approx(-entropy, rel=1e-5)
 
 
 def change_layer(policy) -> None:
@@ -267,6 +276,15 @@ def test_parameters_without_a_gradient_have_a_norm_of_zero():
     assert accepted
     expected = [0.0 if parameter.grad is None else parameter.grad.norm() for parameter in parameters]
     th.testing.assert_close(norms, th.tensor(expected))
+
+
+@pytest.mark.parametrize("dtype", [th.float32, th.float64, th.bfloat16])
+def test_clipping_on_the_host_is_the_same_bit_for_bit(dtype):
+    for norms in [*(th.rand(1000, 5, dtype=dtype) / 2), th.tensor([0.1, math.inf]), th.tensor([0.1, math.nan])]:
+        on_device, finite = clip_coefficient(norms, 0.5)
+        on_host, finite_on_host = clip_coefficient_on_host(norms, 0.5)
+        assert finite.item() is finite_on_host
+        assert on_device.item() == on_host or not finite
 
 
 @pytest.mark.parametrize("optimizer_class", [th.optim.SGD, FlatAdam])

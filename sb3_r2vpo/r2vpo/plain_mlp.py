@@ -14,6 +14,7 @@ from sb3_r2vpo.r2vpo.evaluation import (
     categorical_backward,
     gaussian,
     gaussian_backward,
+    gaussian_entropy,
     has_usual_distribution,
     is_gaussian,
 )
@@ -68,18 +69,24 @@ class PlainMlp:
     of the results, the loss, is left to autograd.
 
     :param policy: The policy. Its parameters' ``grad`` must be tensors, to which gradients are written.
+    :param entropy_gradient: Whether the loss depends on the entropy. If not, that of a Gaussian, which is the same for all
+        states, is computed only once, now.
     """
 
-    def __init__(self, policy: ActorCriticPolicy) -> None:
+    def __init__(self, policy: ActorCriticPolicy, entropy_gradient: bool = True) -> None:
         self.policy = policy
         self.actor, self.critic = (Layers(*layers) for layers in _networks(policy))
         self.log_std = policy.log_std if is_gaussian(policy) else None
+        self.entropy_gradient = entropy_gradient
+        if self.log_std is not None:
+            self.gaussian_entropy = gaussian_entropy(self.log_std.detach().exp())
 
     def evaluate_actions(self, observations: th.Tensor, actions: th.Tensor) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
         """
         :param observations: A batch of observations
         :param actions: The actions to evaluate
-        :return: values, log-probabilities and entropy, each of shape ``(batch_size,)``: leaves of autograd's graph
+        :return: values, log-probabilities and entropy, each of shape ``(batch_size,)``: leaves of autograd's graph, but for an
+            entropy that the loss does not depend on
         """
         # Faster than `no_grad`. Its tensors can't enter a graph, their copies can.
         with th.inference_mode():
@@ -87,15 +94,19 @@ class PlainMlp:
             features = features.flatten(1)  # type: ignore[union-attr]
             outputs = self.actor.forward(features)
             if self.log_std is None:
-                self.inputs = outputs, actions
-                log_prob, entropy = categorical(*self.inputs)
+                self.categorical = outputs, actions
+                log_prob, entropy = categorical(*self.categorical)
             else:
-                self.inputs = actions - outputs, self.log_std.exp()
-                log_prob, entropy = gaussian(*self.inputs)
-                entropy = entropy.expand_as(log_prob)
+                deviation, std = actions - outputs, self.log_std.exp()
+                distance = deviation * deviation / (std * std)
+                self.gaussian = deviation, distance, std
+                log_prob = gaussian(distance, std)
+                entropy = (gaussian_entropy(std) if self.entropy_gradient else self.gaussian_entropy).expand_as(log_prob)
             values = self.critic.forward(features).flatten()
-        self.results = tuple(result.clone().requires_grad_() for result in (values, log_prob, entropy))
-        return self.results  # type: ignore[return-value]
+        self.values, self.log_prob, self.entropy = values.clone().requires_grad_(), log_prob.clone().requires_grad_(), entropy
+        if self.entropy_gradient:
+            self.entropy = entropy.clone().requires_grad_()
+        return self.values, self.log_prob, self.entropy
 
     def backward(self, loss: th.Tensor) -> None:
         """
@@ -104,15 +115,15 @@ class PlainMlp:
         :param loss: A scalar made of the results of the last :meth:`evaluate_actions`
         """
         loss.backward()
-        values_grad, log_prob_grad, entropy_grad = (result.grad for result in self.results)
+        values_grad, log_prob_grad, entropy_grad = self.values.grad, self.log_prob.grad, self.entropy.grad
         assert values_grad is not None
         assert log_prob_grad is not None
         with th.inference_mode():
             if self.log_std is None:
-                outputs_grad = categorical_backward(*self.inputs, log_prob_grad, entropy_grad)
+                outputs_grad = categorical_backward(*self.categorical, log_prob_grad, entropy_grad)
             else:
-                outputs_grad, std_grad = gaussian_backward(*self.inputs, log_prob_grad, entropy_grad)
-                th.mul(std_grad, self.inputs[1], out=self.log_std.grad)
+                outputs_grad, std_grad = gaussian_backward(*self.gaussian, log_prob_grad, entropy_grad)
+                th.mul(std_grad, self.gaussian[-1], out=self.log_std.grad)
             self.actor.backward(outputs_grad)
             self.critic.backward(values_grad.unsqueeze(1))
 

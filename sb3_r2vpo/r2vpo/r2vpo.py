@@ -31,6 +31,7 @@ from sb3_r2vpo.optim import (
     descend_by_tensors,
     flat_state,
     refuse_nonfinite,
+    where,
     with_fewer_operations,
 )
 from sb3_r2vpo.r2vpo.evaluation import evaluate_actions
@@ -323,7 +324,7 @@ class R2VPO(OnPolicyAlgorithm):
 
         log_ratio = log_prob - rollout_data.old_log_prob
         objective = OBJECTIVES[self.objective]
-        losses, ratio_stats = objective(log_ratio, advantages, **coefficients, **self._sequence_arguments(log_ratio))
+        losses, deviation = objective(log_ratio, advantages, **coefficients, **self._sequence_arguments(log_ratio))
         loss = policy_loss = self._reduce(losses, rollout_data)
 
         # Entropy favors exploration; -log_prob estimates it where there is no closed form
@@ -341,17 +342,17 @@ class R2VPO(OnPolicyAlgorithm):
 
         parts = {
             "log_ratio": drop_padding(log_ratio, rollout_data),
-            "ratio_variance": drop_padding(ratio_stats["ratio_variance"], rollout_data).mean(),
+            "ratio_variance": drop_padding(deviation, rollout_data).square().mean(),
             "policy_gradient_loss": policy_loss,
             "value_loss": value_loss,
             "entropy_loss": entropy_loss,
             "loss": loss,
         }
         if self.target_kl is not None:
-            parts["approx_kl"] = drop_padding(ratio_stats["approx_kl"], rollout_data).mean()
+            parts["approx_kl"] = drop_padding(deviation - log_ratio.detach(), rollout_data).mean()
         return loss, {name: part.detach() for name, part in parts.items()}
 
-    def _descend(self, loss: th.Tensor, may_step: th.Tensor | None) -> tuple[th.Tensor, th.Tensor]:
+    def _descend(self, loss: th.Tensor, may_step: th.Tensor | None) -> tuple[th.Tensor | bool, th.Tensor]:
         """One optimizer step on the loss; see :func:`~sb3_r2vpo.optim.descend`."""
         if self._flat_adam is not None:
             return descend_by_tensors(loss, self._parameters, self._flat_adam, self.max_grad_norm, may_step)
@@ -367,7 +368,7 @@ class R2VPO(OnPolicyAlgorithm):
         rollout_data: RolloutBufferSamples,
         coefficients: dict[str, Any],
         clip_range_vf: float | th.Tensor | None,
-        target_variance: float | th.Tensor,
+        target_variance: th.Tensor,
     ) -> dict[str, th.Tensor]:
         """
         One minibatch: ascent on the policy, unless it is too far from the behaviour policy already, and on the multiplier.
@@ -378,7 +379,7 @@ class R2VPO(OnPolicyAlgorithm):
         may_step = None if self.target_kl is None else parts["approx_kl"] <= 1.5 * self.target_kl
         accepted, parts["grad_norms"] = self._descend(loss, may_step)
         # No violation where there is no step
-        ratio_variance = th.where(accepted, parts["ratio_variance"], target_variance)
+        ratio_variance = where(accepted, parts["ratio_variance"], target_variance)
         self.dual.step(ratio_variance, target_variance, self.dual_learning_rate)
         return parts
 
@@ -422,7 +423,7 @@ class R2VPO(OnPolicyAlgorithm):
         if self.compile:
             self._flat_adam = flat_state(optimizer, self._parameters)
         elif is_plain_mlp(self.policy):
-            self._plain_mlp = PlainMlp(self.policy)
+            self._plain_mlp = PlainMlp(self.policy, entropy_gradient=self.ent_coef != 0)
             for parameter in self._parameters:
                 parameter.grad = th.zeros_like(parameter)
             if isinstance(optimizer, FlatAdam):
