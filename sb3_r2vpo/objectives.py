@@ -97,7 +97,7 @@ def r2vpo_sequence(
     *,
     var_coef: float | th.Tensor,
     sequence_log_ratio: th.Tensor | None = None,
-) -> tuple[th.Tensor, dict[str, th.Tensor]]:
+) -> tuple[th.Tensor, th.Tensor]:
     """
     :func:`r2vpo` with whole responses for actions: both ``rho A`` and the constraint take the ratio ``pi(y) / pi_b(y)`` of the
     response, the product of its tokens' ratios, which is the exact importance weight of its reward.
@@ -110,7 +110,7 @@ def r2vpo_sequence(
     :param var_coef: ``lambda``, in units of the advantage.
     :param sequence_log_ratio: The sum over the tokens of each response, broadcasting to ``log_ratio``; ``None`` where each
         sample is an action of its own, and this is :func:`r2vpo`.
-    :return: Per-sample loss and statistics, both of the whole response's ratio.
+    :return: Per-sample loss and deviation, both of the whole response's ratio.
     """
     action_log_ratio = log_ratio if sequence_log_ratio is None else sequence_log_ratio.expand_as(log_ratio)
     return r2vpo(action_log_ratio, advantages, var_coef=var_coef)

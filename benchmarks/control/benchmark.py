@@ -39,7 +39,7 @@ MAIN_METHODS = ("ppo", "r2vpo", "r2vpo_off")
 N_SEEDS = {method: 5 if method in MAIN_METHODS else 3 for method in METHODS}
 N_TIMESTEPS = 1_000_000
 
-STUDY_TASKS = ("cheetah-run", "finger-spin", "reacher-hard")
+STUDY_TASKS = ("cheetah-run", "ball_in_cup-catch", "reacher-hard")
 STUDY_TIMESTEPS = 300_000
 #: Seeds of the studies, which the comparison does not use
 STUDY_SEED = 1000
@@ -131,13 +131,13 @@ def ppo_space(trial: optuna.Trial) -> Settings:
 
 
 def r2vpo_space(trial: optuna.Trial) -> Settings:
-    return {**shared_space(trial), "target_variance": trial.suggest_float("target_variance", 0.01, 0.1, log=True)}
+    return {**shared_space(trial), "target_variance": trial.suggest_float("target_variance", 0.003, 0.05, log=True)}
 
 
 def r2vpo_off_space(trial: optuna.Trial) -> Settings:
     return {
         **shared_space(trial),
-        "target_variance": trial.suggest_float("target_variance", 0.02, 0.3, log=True),
+        "target_variance": trial.suggest_float("target_variance", 0.01, 0.2, log=True),
         "replay_capacity": trial.suggest_categorical("replay_capacity", [2, 4, 8]),
     }
 
@@ -170,8 +170,8 @@ STARTS = (
 )
 OWN_STARTS = {
     "ppo": {"clip_range": 0.2},
-    "r2vpo": {"target_variance": 0.03},
-    "r2vpo_off": {"target_variance": 0.1, "replay_capacity": 4},
+    "r2vpo": {"target_variance": 0.01},
+    "r2vpo_off": {"target_variance": 0.05, "replay_capacity": 4},
 }
 
 
