@@ -124,8 +124,8 @@ def test_objectives_differ():
     """Each name really selects another update, once ratios leave the clip range."""
     fast = {"n_epochs": 20, "learning_rate": 1e-2}
     results = []
-    # TOPR's two forms differ on sequences only
-    for objective in OBJECTIVES.keys() - {"topr_token"}:
+    # Two forms of TOPR, and of R2VPO, differ on sequences only
+    for objective in OBJECTIVES.keys() - {"topr_token", "r2vpo_sequence"}:
         kwargs = {"kl_coef": 1.0} if objective == "exact_kl" else None
         model = R2VPO("MlpPolicy", "CartPole-v1", objective=objective, objective_kwargs=kwargs, **(SMALL | fast))
         results.append(weights(model.learn(64)))
@@ -306,7 +306,7 @@ def test_unknown_load_argument_is_refused(tmp_path):
         ({"target_variance": 0.0}, "`target_variance` is 0.0"),
         ({"target_variance": -0.1}, "`target_variance` is -0.1"),
         ({"target_variance": math.nan}, "`target_variance` is nan"),
-        ({"objective": "ppo"}, "Unknown `objective` 'ppo'; choose one of r2vpo, ppo_clip"),
+        ({"objective": "ppo"}, "Unknown `objective` 'ppo'; choose one of r2vpo, r2vpo_sequence, ppo_clip"),
         ({"objective": "ppo_clip", "objective_kwargs": {"clip": 0.1}}, r"takes \['clip_range'\]"),
         ({"objective": "exact_kl"}, r"it needs \['kl_coef'\]"),
         ({"objective_kwargs": {"var_coef": 0.1}}, "takes none"),

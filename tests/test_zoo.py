@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from argparse import Namespace
+from functools import partial
 from pathlib import Path
 
 import gymnasium as gym
@@ -262,7 +263,11 @@ def test_train_as_a_program():
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
 def test_interrupted_training_saves():
     process = subprocess.Popen(
-        [*R2VPO_COMMAND, "train", "--env", "CartPole-v1", "-n", "100000000"], stdout=subprocess.PIPE, text=True
+        [*R2VPO_COMMAND, "train", "--env", "CartPole-v1", "-n", "100000000"],
+        stdout=subprocess.PIPE,
+        text=True,
+        # A shell starts its background jobs, of which these tests may be one, with an interrupt that they and theirs ignore
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     )
     assert process.stdout is not None
     for line in process.stdout:
