@@ -29,6 +29,7 @@ import optuna
 from experiment import METHODS, TASKS, Settings, train
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
+from optuna.trial import TrialState
 from tqdm import tqdm
 
 from sb3_r2vpo import R2VPO
@@ -202,21 +203,21 @@ def open_study(method: str, seed: int | None = None) -> optuna.Study:
     storage = JournalStorage(JournalFileBackend(str(STUDIES)))
     if seed is None:
         return optuna.load_study(study_name=method, storage=storage)
-    sampler = optuna.samplers.TPESampler(n_startup_trials=8, multivariate=True, seed=seed)
-    optuna_study = optuna.create_study(
-        study_name=method, storage=storage, sampler=sampler, direction="maximize", load_if_exists=True
-    )
+    optuna_study = optuna.create_study(study_name=method, storage=storage, direction="maximize", load_if_exists=True)
+    # Another one after each restart: the sampler would draw the same settings again
+    sampler_seed = seed + len(optuna_study.trials)
+    optuna_study.sampler = optuna.samplers.TPESampler(n_startup_trials=8, multivariate=True, seed=sampler_seed)
     for start in STARTS:
         optuna_study.enqueue_trial({**start, **OWN_STARTS[method]}, skip_if_exists=True)
     return optuna_study
 
 
 def study(args: argparse.Namespace) -> None:
-    """Trials of all methods in turn, so that their budgets are equal whenever it is stopped."""
+    """Trials of all methods in turn, so that their budgets are equal whenever it is stopped; those cut off do not count."""
     studies = {method: open_study(method, args.seed) for method in args.methods}
     for n_trials in range(1, args.trials + 1):
         for method, optuna_study in studies.items():
-            if sum(trial.state.is_finished() for trial in optuna_study.trials) < n_trials:
+            if len(optuna_study.get_trials(deepcopy=False, states=[TrialState.COMPLETE])) < n_trials:
                 score = partial(trial_score, method_name=method, workers=args.workers)
                 optuna_study.optimize(score, n_trials=1, catch=(RuntimeError, ValueError))
     for method, optuna_study in studies.items():
