@@ -53,7 +53,6 @@ class LayerNormMlpPolicy(ActorCriticPolicy):
     :param log_std_init: Initial log standard deviation
     :param features_extractor_class: First layer of actor and critic
     :param share_features_extractor: Whether they have the first layer in common
-    :param ortho_init: Whether to use orthogonal initialization
     :param kwargs: Other arguments of ``ActorCriticPolicy``
     """
 
@@ -70,7 +69,6 @@ class LayerNormMlpPolicy(ActorCriticPolicy):
         log_std_init: float = -0.5,
         features_extractor_class: type[BaseFeaturesExtractor] = LayerNormTanh,
         share_features_extractor: bool = False,
-        ortho_init: bool = True,
         **kwargs: Any,
     ) -> None:
         super().__init__(
@@ -82,7 +80,6 @@ class LayerNormMlpPolicy(ActorCriticPolicy):
             log_std_init=log_std_init,
             features_extractor_class=features_extractor_class,
             share_features_extractor=share_features_extractor,
-            ortho_init=ortho_init,
             **kwargs,
         )
 
