@@ -89,3 +89,19 @@ def test_report_on_rows_made_by_hand(monkeypatch):
     # 0.5 is two thirds of 0.75: the first evaluation beyond it is the 14th of 20
     assert columns["steps to PPO's IQM"] == "70%"
     assert columns["best minus final"] == "0.000"
+
+
+def test_report_writes_tables_and_figures(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "HERE", tmp_path)
+    monkeypatch.setattr(report, "N_BOOTSTRAPS", 20)
+    (tmp_path / "README.md").write_text((FOLDER / "README.md").read_text())
+    (tmp_path / "results").mkdir()
+    for task in experiment.TASKS:
+        for method, final in (("ppo", 0.5), ("r2vpo", 0.75)):
+            benchmark.append_rows(tmp_path / "results" / "evaluations.csv", rows_of(method, task, 0, final))
+    for _ in range(2):  # the second time in place of the first
+        report.main()
+    text = (tmp_path / "README.md").read_text()
+    assert text.count("| R2VPO | 1 | 0.750 (0.750 to 0.750) | 1.50 |") == 1
+    assert text.count("| cheetah-run | 500 ± 0 | **750 ± 0** |") == 1
+    assert {path.name for path in (tmp_path / "figures").iterdir()} == {"tasks.png", "aggregates.png"}

@@ -19,14 +19,14 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 # Before NumPy and PyTorch are loaded, here and in the workers: one thread for each process
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import optuna
-from experiment import METHODS, TASKS, Settings, train
+from experiment import METHODS, TASKS, Row, Settings, train
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
@@ -54,7 +54,7 @@ class Run(NamedTuple):
     method: str
 
 
-def append_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+def append_rows(path: Path, rows: Iterable[Row]) -> None:
     """Append all rows or, if the process is killed before, none; several processes may do so at a time."""
     rows = list(rows)
     with path.open("a", newline="") as file:
@@ -85,7 +85,7 @@ def fresh_processes(workers: int) -> ProcessPoolExecutor:
     return ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), max_tasks_per_child=1)
 
 
-def execute(run: Run, n_timesteps: int) -> tuple[Run, list[Settings]]:
+def execute(run: Run, n_timesteps: int) -> tuple[Run, list[Row]]:
     method = METHODS[run.method]
     return run, train(method.algorithm, method.settings, run.task, run.seed, n_timesteps)
 
@@ -198,11 +198,9 @@ def trial_score(trial: optuna.Trial, method_name: str, workers: int) -> float:
     return float(np.mean(scores))
 
 
-def open_study(method: str, seed: int | None = None) -> optuna.Study:
-    """A study of ``results/studies.log``; with a seed, one to go on with."""
+def open_study(method: str, seed: int) -> optuna.Study:
+    """The study of a method in ``results/studies.log``, to begin or to go on with."""
     storage = JournalStorage(JournalFileBackend(str(STUDIES)))
-    if seed is None:
-        return optuna.load_study(study_name=method, storage=storage)
     optuna_study = optuna.create_study(study_name=method, storage=storage, direction="maximize", load_if_exists=True)
     # Another one after each restart: the sampler would draw the same settings again
     sampler_seed = seed + len(optuna_study.trials)

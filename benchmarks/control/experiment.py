@@ -41,6 +41,7 @@ N_EVALUATIONS, N_EVAL_EPISODES = 20, 10
 PACKAGES = ("sb3-r2vpo", "stable-baselines3", "torch", "envpool")
 
 Settings = dict[str, Any]
+Row = dict[str, Any]
 
 
 @cache
@@ -90,7 +91,7 @@ class Evaluations(BaseCallback):
     def __init__(self, eval_env: VecNormalize, every: int) -> None:
         super().__init__()
         self.eval_env, self.every = eval_env, every
-        self.rows: list[dict[str, Any]] = []
+        self.rows: list[Row] = []
 
     def _on_step(self) -> bool:
         # The last one has its place in `_on_training_end`
@@ -126,7 +127,7 @@ def processor() -> str:
     return names[0] if names else platform.machine()
 
 
-def train(algorithm: type[OnPolicyAlgorithm], settings: Settings, task: str, seed: int, n_timesteps: int) -> list[Settings]:
+def train(algorithm: type[OnPolicyAlgorithm], settings: Settings, task: str, seed: int, n_timesteps: int) -> list[Row]:
     """
     Train once, on one thread.
 
