@@ -5,6 +5,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from stable_baselines3 import PPO
+
+from sb3_r2vpo import R2VPO
 
 pytest.importorskip("envpool")
 pytest.importorskip("rliable")
@@ -57,6 +60,19 @@ def test_a_run_is_reproducible_and_evaluated_at_even_intervals():
     for row in (*first, *second):
         del row["cpu_seconds"]
     assert first == second
+
+
+def test_ppo_in_our_loop_gets_the_returns_of_sb3s_ppo(monkeypatch):
+    monkeypatch.setattr(experiment, "N_EVALUATIONS", 2)
+    method = experiment.METHODS["ppo"]
+    settings = {**method.settings, "n_envs": 4, "n_steps": 64, "batch_size": 64, "n_epochs": 5}
+    algorithm, arguments = experiment.in_our_loop(method.algorithm, settings)
+    assert (method.algorithm, algorithm) == (PPO, R2VPO)
+    sb3s = experiment.train(PPO, settings, "cheetah-run", 0, 2048)
+    ours = experiment.train(algorithm, arguments, "cheetah-run", 0, 2048)
+    returns = [[(row["mean_return"], row["std_return"], row["std"]) for row in rows] for rows in (sb3s, ours)]
+    assert returns[0] == returns[1]
+    assert returns[0][0] != returns[0][1]
 
 
 def test_methods_share_ppos_settings_but_for_their_own():

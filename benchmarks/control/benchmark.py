@@ -26,13 +26,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import optuna
-from experiment import METHODS, TASKS, Row, Settings, train
+from experiment import COMPILED, METHODS, TASKS, Row, Settings, in_our_loop, train
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 from tqdm import tqdm
-
-from sb3_r2vpo import R2VPO
 
 RESULTS = Path(__file__).parent / "results"
 EVALUATIONS, STUDIES = RESULTS / "evaluations.csv", RESULTS / "studies.log"
@@ -87,7 +85,7 @@ def fresh_processes(workers: int) -> ProcessPoolExecutor:
 
 def execute(run: Run, n_timesteps: int) -> tuple[Run, list[Row]]:
     method = METHODS[run.method]
-    return run, train(method.algorithm, method.settings, run.task, run.seed, n_timesteps)
+    return run, train(*in_our_loop(method.algorithm, method.settings), run.task, run.seed, n_timesteps)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -179,13 +177,7 @@ OWN_STARTS = {
 def trial_score(trial: optuna.Trial, method_name: str, workers: int) -> float:
     """Mean return over the study's tasks and the last quarter of the evaluations."""
     method = METHODS[method_name]
-    settings = {**method.settings, **SPACES[method_name](trial)}
-    algorithm = method.algorithm
-    if method_name == "ppo":
-        # Bit for bit SB3's PPO, up to rounding where it is compiled, in half of the time
-        algorithm = R2VPO
-        settings |= {"objective": "ppo_clip", "objective_kwargs": {"clip_range": settings.pop("clip_range")}}
-    settings["compile"] = True
+    algorithm, settings = in_our_loop(method.algorithm, {**method.settings, **SPACES[method_name](trial), **COMPILED})
     seed = STUDY_SEED + trial.number
     with fresh_processes(workers) as pool:
         futures = [pool.submit(train, algorithm, settings, task, seed, STUDY_TIMESTEPS) for task in STUDY_TASKS]
