@@ -1,5 +1,6 @@
 """The runner and the report of `benchmarks/control`: nothing runs twice, and the statistics are those of rows made by hand."""
 
+import argparse
 import sys
 from pathlib import Path
 
@@ -81,6 +82,27 @@ def test_methods_share_ppos_settings_but_for_their_own():
         settings = experiment.METHODS[name].settings
         own = experiment.METHODS[name].own
         assert settings == {**{key: value for key, value in ppo.items() if key != "clip_range"}, **own}
+
+
+def test_finalists_are_tried_with_more_seeds_and_only_they(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(benchmark, "STUDIES", tmp_path / "studies.log")
+    monkeypatch.setattr(benchmark, "STARTS", ())
+    tried = []
+
+    def score(trial, method_name, workers):
+        value = trial.suggest_float("clip_range", 0.0, 1.0)
+        tried.append(value)
+        return value
+
+    monkeypatch.setattr(benchmark, "trial_score", score)
+    optuna_study = benchmark.open_study("ppo", seed=0)
+    for value in (0.1, 0.3, 0.2):
+        optuna_study.enqueue_trial({"clip_range": value})
+    optuna_study.optimize(lambda trial: score(trial, "ppo", 1), n_trials=3)
+    for _ in range(2):  # nothing is left for the second time
+        benchmark.final(argparse.Namespace(methods=["ppo"], seed=0, finalists=2, seeds=3, workers=1))
+    assert tried == [0.1, 0.3, 0.2, 0.3, 0.3, 0.2, 0.2]
+    assert "mean of [0, 0, 0], with {'clip_range': 0.3}" in capsys.readouterr().out
 
 
 def test_report_on_rows_made_by_hand(monkeypatch):

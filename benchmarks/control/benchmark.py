@@ -1,6 +1,7 @@
 """Tuned PPO, R2VPO and their kin on ten tasks of the DeepMind Control Suite.
 
     python benchmarks/control/benchmark.py study              an Optuna study of each main method, on three tasks
+    python benchmarks/control/benchmark.py final              its best settings again, with more seeds
     python benchmarks/control/benchmark.py run                all runs that are not in results/evaluations.csv yet
     python benchmarks/control/benchmark.py status             what is done and what is missing
     python benchmarks/control/report.py                       tables and figures
@@ -12,6 +13,7 @@ several machines are merged by putting the lines of their CSV files together.
 import argparse
 import csv
 import fcntl
+import json
 import multiprocessing
 import os
 from collections.abc import Callable, Iterable
@@ -210,8 +212,28 @@ def study(args: argparse.Namespace) -> None:
             if len(optuna_study.get_trials(deepcopy=False, states=[TrialState.COMPLETE])) < n_trials:
                 score = partial(trial_score, method_name=method, workers=args.workers)
                 optuna_study.optimize(score, n_trials=1, catch=(RuntimeError, ValueError))
-    for method, optuna_study in studies.items():
-        print(f"{method}: {optuna_study.best_value:.1f} with {optuna_study.best_params}")
+
+
+def trials_by_settings(optuna_study: optuna.Study) -> list[list[optuna.trial.FrozenTrial]]:
+    """Complete trials, those of the same settings together, in order of each one's first score, the best first."""
+    groups: dict[str, list[optuna.trial.FrozenTrial]] = {}
+    for trial in optuna_study.get_trials(states=[TrialState.COMPLETE]):
+        groups.setdefault(json.dumps(trial.params, sort_keys=True), []).append(trial)
+    return sorted(groups.values(), key=lambda trials: -trials[0].values[0])
+
+
+def final(args: argparse.Namespace) -> None:
+    """The best of each study again with further seeds, and the best mean of them all: one seed says little."""
+    for method in args.methods:
+        optuna_study = open_study(method, args.seed)
+        for trials in trials_by_settings(optuna_study)[: args.finalists]:
+            for _ in range(len(trials), args.seeds):
+                optuna_study.enqueue_trial(trials[0].params)
+                score = partial(trial_score, method_name=method, workers=args.workers)
+                optuna_study.optimize(score, n_trials=1, catch=(RuntimeError, ValueError))
+        for trials in trials_by_settings(optuna_study)[: args.finalists]:
+            scores = [trial.values[0] for trial in trials]
+            print(f"{method}: {np.mean(scores):.0f}, mean of {[round(score) for score in scores]}, with {trials[0].params}")
 
 
 def main() -> None:
@@ -228,9 +250,17 @@ def main() -> None:
     tuner = commands.add_parser("study")
     tuner.set_defaults(command=study)
     tuner.add_argument("--methods", nargs="+", choices=SPACES, default=list(SPACES))
-    tuner.add_argument("--trials", type=int, default=16)
-    tuner.add_argument("--seed", type=int, default=0, help="of the sampler; processes that share a study take different ones")
-    for subparser in (runner, tuner):
+    tuner.add_argument("--trials", type=int, default=10)
+    finalist = commands.add_parser("final")
+    finalist.set_defaults(command=final)
+    finalist.add_argument("--methods", nargs="+", choices=SPACES, default=list(SPACES))
+    finalist.add_argument("--finalists", type=int, default=2, help="settings of each method that are tried again")
+    finalist.add_argument("--seeds", type=int, default=3, help="trials of each of them, with that of the study")
+    for subparser in (tuner, finalist):
+        subparser.add_argument(
+            "--seed", type=int, default=0, help="of the sampler; processes that share a study take different ones"
+        )
+    for subparser in (runner, tuner, finalist):
         subparser.add_argument(
             "--workers", type=int, default=os.cpu_count(), help="processes of one thread each (default: one a core)"
         )
