@@ -1,6 +1,6 @@
 """The runner and the report of `benchmarks/control`: nothing runs twice, and the statistics are those of rows made by hand."""
 
-import argparse
+import inspect
 import sys
 from pathlib import Path
 
@@ -40,7 +40,9 @@ def test_finished_runs_are_not_run_again(evaluations):
     benchmark.append_rows(evaluations, rows_of("ppo", "cheetah-run", 1, 0.5))
     benchmark.append_rows(evaluations, rows_of("r2vpo", "cheetah-run", 0, 0.5))
     assert len(evaluations.read_text().splitlines()) == 1 + 2 * experiment.N_EVALUATIONS
-    open_runs = set(benchmark.planned_runs(["ppo", "r2vpo"], ["cheetah-run"], 2)) - benchmark.finished_runs()
+    open_runs = set(benchmark.planned_runs(["ppo", "r2vpo"], ["cheetah-run"], 2)) - benchmark.finished(
+        evaluations, benchmark.Run
+    )
     assert open_runs == {benchmark.Run(0, "cheetah-run", "ppo"), benchmark.Run(1, "cheetah-run", "r2vpo")}
 
 
@@ -84,25 +86,13 @@ def test_methods_share_ppos_settings_but_for_their_own():
         assert settings == {**{key: value for key, value in ppo.items() if key != "clip_range"}, **own}
 
 
-def test_finalists_are_tried_with_more_seeds_and_only_they(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(benchmark, "STUDIES", tmp_path / "studies.log")
-    monkeypatch.setattr(benchmark, "STARTS", ())
-    tried = []
-
-    def score(trial, method_name, workers):
-        value = trial.suggest_float("clip_range", 0.0, 1.0)
-        tried.append(value)
-        return value
-
-    monkeypatch.setattr(benchmark, "trial_score", score)
-    optuna_study = benchmark.open_study("ppo", seed=0)
-    for value in (0.1, 0.3, 0.2):
-        optuna_study.enqueue_trial({"clip_range": value})
-    optuna_study.optimize(lambda trial: score(trial, "ppo", 1), n_trials=3)
-    for _ in range(2):  # nothing is left for the second time
-        benchmark.final(argparse.Namespace(methods=["ppo"], seed=0, finalists=2, seeds=3, workers=1))
-    assert tried == [0.1, 0.3, 0.2, 0.3, 0.3, 0.2, 0.2]
-    assert "mean of [0, 0, 0], with {'clip_range': 0.3}" in capsys.readouterr().out
+def test_every_method_has_as_many_finalists_and_they_take_its_arguments():
+    assert len({len(finalists) for finalists in benchmark.FINALISTS.values()}) == 1
+    for name, finalists in benchmark.FINALISTS.items():
+        method = experiment.METHODS[name]
+        for settings in finalists.values():
+            assert set(settings) <= {*inspect.signature(method.algorithm).parameters, "n_envs"}
+            assert "learning_rate" in experiment.split_schedules(settings)[0]
 
 
 def test_report_on_rows_made_by_hand(monkeypatch):

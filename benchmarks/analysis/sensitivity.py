@@ -10,7 +10,6 @@ import argparse
 import os
 import sys
 from collections.abc import Iterator
-from concurrent.futures import as_completed
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,12 +17,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 from matplotlib import pyplot as plt
-from tqdm import tqdm
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent / "control"))
-from benchmark import append_rows, fresh_processes  # noqa: E402
-from experiment import METHODS, train  # noqa: E402
+from benchmark import execute_all, finished  # noqa: E402
+from experiment import METHODS, last_quarter, train  # noqa: E402
 
 SENSITIVITY = HERE / "results" / "sensitivity.csv"
 TASK, N_TIMESTEPS, SEEDS = "cheetah-run", 300_000, (0, 1)
@@ -57,26 +55,18 @@ def cells() -> Iterator[Cell]:
         yield from (Cell(seed, name, x, y) for x, y in product(*axes.values()))
 
 
-def execute(cell: Cell) -> dict[str, Any]:
+def execute(cell: Cell) -> list[dict[str, Any]]:
     name, axes = MAPS[cell.map]
     method = METHODS[name]
     settings = {**method.settings, **dict(zip(axes, (cell.x, cell.y), strict=True)), "compile": True}
     rows = train(method.algorithm, settings, TASK, cell.seed, N_TIMESTEPS)
-    last_quarter = rows[-len(rows) // 4 :]
     constants = {name: rows[-1][name] for name in ("std", "var_coef", "ratio_variance", "settings", "versions", "processor")}
-    return {**cell._asdict(), "mean_return": round(float(np.mean([r["mean_return"] for r in last_quarter])), 1), **constants}
+    return [{**cell._asdict(), "mean_return": last_quarter(rows), **constants}]
 
 
 def run(workers: int) -> None:
     SENSITIVITY.parent.mkdir(exist_ok=True)
-    done = set()
-    if SENSITIVITY.exists():
-        done = {Cell(*row) for row in pd.read_csv(SENSITIVITY)[list(Cell._fields)].itertuples(index=False)}
-    open_cells = [cell for cell in cells() if cell not in done]
-    with fresh_processes(workers) as pool:
-        futures = [pool.submit(execute, cell) for cell in open_cells]
-        for future in tqdm(as_completed(futures), total=len(open_cells), unit="run"):
-            append_rows(SENSITIVITY, [future.result()])
+    execute_all(list(cells()), finished(SENSITIVITY, Cell), execute, SENSITIVITY, workers)
 
 
 def report() -> None:

@@ -1,7 +1,7 @@
 """Tuned PPO, R2VPO and their kin on ten tasks of the DeepMind Control Suite.
 
     python benchmarks/control/benchmark.py study              an Optuna study of each main method, on three tasks
-    python benchmarks/control/benchmark.py final              its best settings again, with more seeds
+    python benchmarks/control/benchmark.py final              three settings of each again, with more steps and annealing
     python benchmarks/control/benchmark.py run                all runs that are not in results/evaluations.csv yet
     python benchmarks/control/benchmark.py status             what is done and what is missing
     python benchmarks/control/report.py                       tables and figures
@@ -13,29 +13,29 @@ several machines are merged by putting the lines of their CSV files together.
 import argparse
 import csv
 import fcntl
-import json
 import multiprocessing
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 # Before NumPy and PyTorch are loaded, here and in the workers: one thread for each process
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import optuna
-from experiment import COMPILED, METHODS, TASKS, Row, Settings, in_our_loop, train
+import pandas as pd
+from experiment import COMPILED, METHODS, TASKS, Row, Settings, in_our_loop, last_quarter, train
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 from tqdm import tqdm
 
 RESULTS = Path(__file__).parent / "results"
-EVALUATIONS, STUDIES = RESULTS / "evaluations.csv", RESULTS / "studies.log"
+EVALUATIONS, STUDIES, FINALS = RESULTS / "evaluations.csv", RESULTS / "studies.log", RESULTS / "finals.csv"
 MAIN_METHODS = ("ppo", "r2vpo", "r2vpo_off")
 N_SEEDS = {method: 5 if method in MAIN_METHODS else 3 for method in METHODS}
 N_TIMESTEPS = 1_000_000
@@ -44,6 +44,13 @@ STUDY_TASKS = ("cheetah-run", "ball_in_cup-catch", "reacher-hard")
 STUDY_TIMESTEPS = 300_000
 #: Seeds of the studies, which the comparison does not use
 STUDY_SEED = 1000
+
+FINAL_TASKS = (*STUDY_TASKS, "walker-run")
+FINAL_TIMESTEPS = 400_000
+FINAL_SEED = 100
+
+#: The kind of a run: a named tuple of what tells it from others, columns of its CSV
+RunT = TypeVar("RunT", bound=NamedTuple)
 
 
 class Run(NamedTuple):
@@ -65,11 +72,11 @@ def append_rows(path: Path, rows: Iterable[Row]) -> None:
         writer.writerows(rows)
 
 
-def finished_runs() -> set[Run]:
-    if not EVALUATIONS.exists():
+def finished(path: Path, kind: type[RunT]) -> set[RunT]:
+    """The runs that a CSV has rows of."""
+    if not path.exists():
         return set()
-    with EVALUATIONS.open(newline="") as file:
-        return {Run(int(row["seed"]), row["task"], row["method"]) for row in csv.DictReader(file)}
+    return {kind(*run) for run in pd.read_csv(path)[list(kind._fields)].itertuples(index=False)}
 
 
 def planned_runs(methods: Iterable[str], tasks: Iterable[str], seeds: int | None) -> list[Run]:
@@ -85,30 +92,36 @@ def fresh_processes(workers: int) -> ProcessPoolExecutor:
     return ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), max_tasks_per_child=1)
 
 
-def execute(run: Run, n_timesteps: int) -> tuple[Run, list[Row]]:
-    method = METHODS[run.method]
-    return run, train(*in_our_loop(method.algorithm, method.settings), run.task, run.seed, n_timesteps)
-
-
-def run(args: argparse.Namespace) -> None:
-    done = finished_runs()
-    planned = planned_runs(args.methods, args.tasks, args.seeds)
+def execute_all(
+    planned: Sequence[RunT], done: set[RunT], execute: Callable[[RunT], list[Row]], path: Path, workers: int
+) -> None:
+    """Execute all planned runs that are not done, each in a process of its own, and append the rows of each as it ends."""
     open_runs = [run for run in planned if run not in done]
-    print(f"{len(planned) - len(open_runs)} of {len(planned)} runs are done.")
     with (
-        fresh_processes(args.workers) as workers,
+        fresh_processes(workers) as pool,
         tqdm(total=len(planned), initial=len(planned) - len(open_runs), unit="run") as progress,
     ):
-        futures = [workers.submit(execute, run, args.timesteps) for run in open_runs]
+        futures = {pool.submit(execute, run): run for run in open_runs}
         for future in as_completed(futures):
-            finished, rows = future.result()
-            append_rows(EVALUATIONS, ({"method": finished.method, **row} for row in rows))
-            progress.set_postfix_str(f"{finished.method} {finished.task} {finished.seed}: {rows[-1]['mean_return']}")
+            rows = future.result()
+            append_rows(path, rows)
+            progress.set_postfix_str(f"{' '.join(map(str, futures[future]))}: {rows[-1]['mean_return']}")
             progress.update()
 
 
+def execute(run: Run, n_timesteps: int) -> list[Row]:
+    method = METHODS[run.method]
+    rows = train(*in_our_loop(method.algorithm, method.settings), run.task, run.seed, n_timesteps)
+    return [{"method": run.method, **row} for row in rows]
+
+
+def run(args: argparse.Namespace) -> None:
+    planned = planned_runs(args.methods, args.tasks, args.seeds)
+    execute_all(planned, finished(EVALUATIONS, Run), partial(execute, n_timesteps=args.timesteps), EVALUATIONS, args.workers)
+
+
 def status(args: argparse.Namespace) -> None:
-    done = finished_runs()
+    done = finished(EVALUATIONS, Run)
     for method in args.methods:
         counts = {task: sum(Run(seed, task, method) in done for seed in range(N_SEEDS[method])) for task in args.tasks}
         print(f"{method:12} {sum(counts.values()):3} of {N_SEEDS[method] * len(counts):3}  {counts}")
@@ -175,6 +188,39 @@ OWN_STARTS = {
     "r2vpo_off": {"target_variance": 0.05, "replay_capacity": 4},
 }
 
+#: What the studies came out with, the learning rate annealed: at a constant one, PPO's best setting collapses before 1M steps
+BEST_SHARED = {**STARTS[1], "learning_rate": "lin_3e-4"}
+SECOND_SHARED = {
+    **BEST_SHARED,
+    "n_envs": 32,
+    "batch_size": 512,
+    "learning_rate": "lin_2.4e-4",
+    "gamma": 0.98,
+}
+FINALISTS: dict[str, dict[str, Settings]] = {
+    "ppo": {
+        "best": {**BEST_SHARED, "clip_range": 0.2},
+        "second": {**SECOND_SHARED, "clip_range": 0.3},
+        "half rollouts": {**BEST_SHARED, "n_steps": 64, "clip_range": 0.2},
+    },
+    "r2vpo": {
+        "best": {**BEST_SHARED, "target_variance": 0.01},
+        "looser": {**BEST_SHARED, "target_variance": 0.02},
+        "first of the study": {
+            **SECOND_SHARED,
+            "batch_size": 128,
+            "n_epochs": 10,
+            "learning_rate": "lin_3e-4",
+            "target_variance": 0.003,
+        },
+    },
+    "r2vpo_off": {
+        "ten epochs": {**BEST_SHARED, "n_epochs": 10, "target_variance": 0.05, "replay_capacity": 4},
+        "twenty epochs": {**BEST_SHARED, "target_variance": 0.05, "replay_capacity": 4},
+        "half rollouts": {**BEST_SHARED, "n_steps": 64, "n_epochs": 10, "target_variance": 0.05, "replay_capacity": 8},
+    },
+}
+
 
 def trial_score(trial: optuna.Trial, method_name: str, workers: int) -> float:
     """Mean return over the study's tasks and the last quarter of the evaluations."""
@@ -186,7 +232,7 @@ def trial_score(trial: optuna.Trial, method_name: str, workers: int) -> float:
     scores = []
     for task, future in zip(STUDY_TASKS, futures, strict=True):
         rows = future.result()
-        scores.append(float(np.mean([row["mean_return"] for row in rows[-len(rows) // 4 :]])))
+        scores.append(last_quarter(rows))
         trial.set_user_attr(task, round(scores[-1], 1))
         trial.set_user_attr(f"{task} cpu_seconds", rows[-1]["cpu_seconds"])
     return float(np.mean(scores))
@@ -214,26 +260,34 @@ def study(args: argparse.Namespace) -> None:
                 optuna_study.optimize(score, n_trials=1, catch=(RuntimeError, ValueError))
 
 
-def trials_by_settings(optuna_study: optuna.Study) -> list[list[optuna.trial.FrozenTrial]]:
-    """Complete trials, those of the same settings together, in order of each one's first score, the best first."""
-    groups: dict[str, list[optuna.trial.FrozenTrial]] = {}
-    for trial in optuna_study.get_trials(states=[TrialState.COMPLETE]):
-        groups.setdefault(json.dumps(trial.params, sort_keys=True), []).append(trial)
-    return sorted(groups.values(), key=lambda trials: -trials[0].values[0])
+class Final(NamedTuple):
+    """One run of the final round; the seed first, as in :class:`Run`."""
+
+    seed: int
+    task: str
+    method: str
+    finalist: str
+
+
+def execute_final(final: Final) -> list[Row]:
+    method = METHODS[final.method]
+    settings = {**method.settings, **FINALISTS[final.method][final.finalist], **COMPILED}
+    rows = train(*in_our_loop(method.algorithm, settings), final.task, final.seed, FINAL_TIMESTEPS)
+    return [{**final._asdict(), **rows[-1], "mean_return": last_quarter(rows)}]
 
 
 def final(args: argparse.Namespace) -> None:
-    """The best of each study again with further seeds, and the best mean of them all: one seed says little."""
-    for method in args.methods:
-        optuna_study = open_study(method, args.seed)
-        for trials in trials_by_settings(optuna_study)[: args.finalists]:
-            for _ in range(len(trials), args.seeds):
-                optuna_study.enqueue_trial(trials[0].params)
-                score = partial(trial_score, method_name=method, workers=args.workers)
-                optuna_study.optimize(score, n_trials=1, catch=(RuntimeError, ValueError))
-        for trials in trials_by_settings(optuna_study)[: args.finalists]:
-            scores = [trial.values[0] for trial in trials]
-            print(f"{method}: {np.mean(scores):.0f}, mean of {[round(score) for score in scores]}, with {trials[0].params}")
+    """The finalists of each study on one more task, over more steps, with the learning rate annealed."""
+    planned = [
+        Final(seed, task, method, finalist)
+        for seed in range(FINAL_SEED, FINAL_SEED + args.seeds)
+        for task in FINAL_TASKS
+        for method in args.methods
+        for finalist in FINALISTS[method]
+    ]
+    execute_all(planned, finished(FINALS, Final), execute_final, FINALS, args.workers)
+    finals = pd.read_csv(FINALS)
+    print(finals.pivot_table(index=["method", "finalist"], columns="task", values="mean_return", margins=True).round())
 
 
 def main() -> None:
@@ -251,15 +305,11 @@ def main() -> None:
     tuner.set_defaults(command=study)
     tuner.add_argument("--methods", nargs="+", choices=SPACES, default=list(SPACES))
     tuner.add_argument("--trials", type=int, default=10)
+    tuner.add_argument("--seed", type=int, default=0, help="of the sampler; processes that share a study take different ones")
     finalist = commands.add_parser("final")
     finalist.set_defaults(command=final)
-    finalist.add_argument("--methods", nargs="+", choices=SPACES, default=list(SPACES))
-    finalist.add_argument("--finalists", type=int, default=2, help="settings of each method that are tried again")
-    finalist.add_argument("--seeds", type=int, default=3, help="trials of each of them, with that of the study")
-    for subparser in (tuner, finalist):
-        subparser.add_argument(
-            "--seed", type=int, default=0, help="of the sampler; processes that share a study take different ones"
-        )
+    finalist.add_argument("--methods", nargs="+", choices=FINALISTS, default=list(FINALISTS))
+    finalist.add_argument("--seeds", type=int, default=1)
     for subparser in (runner, tuner, finalist):
         subparser.add_argument(
             "--workers", type=int, default=os.cpu_count(), help="processes of one thread each (default: one a core)"

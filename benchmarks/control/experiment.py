@@ -24,6 +24,7 @@ from stable_baselines3.common.vec_env import VecNormalize, sync_envs_normalizati
 
 from sb3_r2vpo import R2VPO, R2VPOOff
 from sb3_r2vpo.envs import EnvPoolVecEnv
+from sb3_r2vpo.zoo.settings import split_schedules
 
 TASKS = (
     "cartpole-swingup",
@@ -161,7 +162,8 @@ def train(algorithm: type[OnPolicyAlgorithm], settings: Settings, task: str, see
     eval_env = VecNormalize(
         EnvPoolVecEnv(env_id, N_EVAL_EPISODES, seed=10_000 + seed, num_threads=1), training=False, norm_reward=False
     )
-    model = algorithm(env=env, seed=seed, device="cpu", **arguments)
+    schedules, arguments = split_schedules(arguments)
+    model = algorithm(env=env, seed=seed, device="cpu", **arguments, **schedules)
     evaluations = Evaluations(eval_env, n_timesteps // N_EVALUATIONS)
     model.learn(n_timesteps, callback=evaluations)
     env.close()
@@ -172,3 +174,8 @@ def train(algorithm: type[OnPolicyAlgorithm], settings: Settings, task: str, see
         "processor": processor(),
     }
     return [{"task": task, "seed": seed, **row, **constants} for row in evaluations.rows]
+
+
+def last_quarter(rows: list[Row]) -> float:
+    """The score of a short run: its mean return over the last quarter of the evaluations."""
+    return round(float(np.mean([row["mean_return"] for row in rows[-len(rows) // 4 :]])), 1)
