@@ -202,10 +202,12 @@ FINALISTS: dict[str, dict[str, Settings]] = {
         "best": {**BEST_SHARED, "clip_range": 0.2},
         "second": {**SECOND_SHARED, "clip_range": 0.3},
         "half rollouts": {**BEST_SHARED, "n_steps": 64, "clip_range": 0.2},
+        "twice the rate": {**BEST_SHARED, "learning_rate": "lin_6e-4", "clip_range": 0.2},
     },
     "r2vpo": {
         "best": {**BEST_SHARED, "target_variance": 0.01},
         "looser": {**BEST_SHARED, "target_variance": 0.02},
+        "twice the rate": {**BEST_SHARED, "learning_rate": "lin_6e-4", "target_variance": 0.01},
         "first of the study": {
             **SECOND_SHARED,
             "batch_size": 128,
@@ -218,6 +220,13 @@ FINALISTS: dict[str, dict[str, Settings]] = {
         "ten epochs": {**BEST_SHARED, "n_epochs": 10, "target_variance": 0.05, "replay_capacity": 4},
         "twenty epochs": {**BEST_SHARED, "target_variance": 0.05, "replay_capacity": 4},
         "half rollouts": {**BEST_SHARED, "n_steps": 64, "n_epochs": 10, "target_variance": 0.05, "replay_capacity": 8},
+        "twice the rate": {
+            **BEST_SHARED,
+            "learning_rate": "lin_6e-4",
+            "n_epochs": 10,
+            "target_variance": 0.05,
+            "replay_capacity": 4,
+        },
     },
 }
 
