@@ -124,6 +124,9 @@ def test_report_writes_tables_and_figures(tmp_path, monkeypatch):
     monkeypatch.setattr(report, "N_BOOTSTRAPS", 20)
     (tmp_path / "README.md").write_text((FOLDER / "README.md").read_text())
     (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "finals.csv").write_text(
+        "task,method,finalist,mean_return\nwalker-run,r2vpo,best,80\ncheetah-run,r2vpo,best,600\nwalker-run,ppo,best,82\n"
+    )
     for task in experiment.TASKS:
         for method, final in (("ppo", 0.5), ("r2vpo", 0.75)):
             benchmark.append_rows(tmp_path / "results" / "evaluations.csv", rows_of(method, task, 0, final))
@@ -131,5 +134,6 @@ def test_report_writes_tables_and_figures(tmp_path, monkeypatch):
         report.main()
     text = (tmp_path / "README.md").read_text()
     assert text.count("| R2VPO | 1 | 0.750 (0.750 to 0.750) | 1.50 |") == 1
+    assert text.count("| PPO | best | 82 |  |  |\n| R2VPO | best | 80 | 600 | 340 |") == 1
     assert text.count("| cheetah-run | 500 ± 0 | **750 ± 0** |") == 1
     assert {path.name for path in (tmp_path / "figures").iterdir()} == {"tasks.png", "aggregates.png"}

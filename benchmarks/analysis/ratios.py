@@ -13,7 +13,6 @@ import os
 import sys
 from collections import deque
 from pathlib import Path
-from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -29,11 +28,12 @@ from sb3_r2vpo import R2VPOOff
 from sb3_r2vpo.divergences import CHI_SQUARE, F_DIVERGENCES, alpha_divergence, clipping_error, clipping_error_bound
 from sb3_r2vpo.envs import EnvPoolVecEnv
 from sb3_r2vpo.rollout_replay import StoredRollout
+from sb3_r2vpo.zoo.settings import split_schedules
 
 HERE = Path(__file__).parent
 RATIOS = HERE / "results" / "ratios.csv"
 sys.path.insert(0, str(HERE.parent / "control"))
-from experiment import METHODS  # noqa: E402
+from experiment import METHODS, Settings, in_our_loop  # noqa: E402
 
 TASK, N_TIMESTEPS, SEED = "cheetah-run", 500_000, 0
 CLIP_RANGE = 0.2
@@ -92,13 +92,12 @@ class Recorder(BaseCallback):
             self.rows.append({name: f"{value:.4g}" if isinstance(value, float) else value for name, value in row.items()})
 
 
-def arms() -> dict[str, dict[str, Any]]:
+def arms() -> dict[str, Settings]:
     """The settings of the three methods for R2VPOOff, which is each of them: with a capacity of one, it is on-policy."""
-    ppo, r2vpo, off = (METHODS[name].settings for name in ("ppo", "r2vpo", "r2vpo_off"))
     on_policy = {"replay_capacity": 1, "utd_ratio": 1}
-    clip = {"objective": "ppo_clip", "objective_kwargs": {"clip_range": ppo["clip_range"]}}
-    ppo = {name: value for name, value in ppo.items() if name != "clip_range"}
-    return {"PPO": {**ppo, **clip, **on_policy}, "R2VPO": {**r2vpo, **on_policy}, "R2VPOOff": off}
+    _, ppo = in_our_loop(METHODS["ppo"].algorithm, METHODS["ppo"].settings)
+    r2vpo, off = METHODS["r2vpo"].settings, METHODS["r2vpo_off"].settings
+    return {"PPO": {**ppo, **on_policy}, "R2VPO": {**r2vpo, **on_policy}, "R2VPOOff": off}
 
 
 def record() -> None:
@@ -106,10 +105,12 @@ def record() -> None:
     rows = []
     for name, settings in arms().items():
         arguments = {key: value for key, value in settings.items() if key not in ("n_envs", "n_timesteps", "normalize")}
+        schedules, arguments = split_schedules(arguments)
         pool = EnvPoolVecEnv(f"dm_control/{TASK}-v0", settings["n_envs"], seed=SEED, num_threads=1, stagger=True)
         env = VecNormalize(pool, gamma=arguments["gamma"], **settings["normalize"])
         recorder = Recorder(name)
-        R2VPOOff(env=env, seed=SEED, device="cpu", **arguments).learn(N_TIMESTEPS, callback=recorder, progress_bar=True)
+        model = R2VPOOff(env=env, seed=SEED, device="cpu", **arguments, **schedules)
+        model.learn(N_TIMESTEPS, callback=recorder, progress_bar=True)
         rows += recorder.rows
         env.close()
     RATIOS.parent.mkdir(exist_ok=True)

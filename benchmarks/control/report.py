@@ -11,6 +11,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 from experiment import METHODS, N_EVALUATIONS, TASKS
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
@@ -105,6 +106,17 @@ def task_table(scores: Scores) -> list[list[str]]:
     return table
 
 
+def finals_table() -> list[list[str]]:
+    """The final round of tuning: the score of each method's finalists, and their mean over tasks."""
+    finals = pd.read_csv(HERE / "results" / "finals.csv")
+    scores = finals.pivot_table(index=["method", "finalist"], columns="task", values="mean_return", sort=False)
+    table = [["method", "finalist", *map(str, scores.columns), "mean"]]
+    for (method, finalist), row in scores.iterrows():
+        mean = f"{row.mean():.0f}" if row.notna().all() else ""
+        table.append([LABELS[method], finalist, *("" if np.isnan(score) else f"{score:.0f}" for score in row), mean])
+    return [table[0], *sorted(table[1:])]
+
+
 def draw_tasks(scores: Scores) -> None:
     figure, axes = plt.subplots(2, 5, figsize=(15, 5.6), sharex=True, layout="constrained")
     for i, (ax, task) in enumerate(zip(axes.flat, TASKS, strict=True)):
@@ -169,7 +181,7 @@ def main() -> None:
     scores = complete_scores(rows)
     last = {(row["method"], row["task"], row["seed"]): float(row["cpu_seconds"]) for row in rows}
     cpu_seconds = {method: float(np.mean([s for key, s in last.items() if key[0] == method])) for method in scores}
-    write_readme({"summary": summary_table(scores, cpu_seconds), "tasks": task_table(scores)})
+    write_readme({"finals": finals_table(), "summary": summary_table(scores, cpu_seconds), "tasks": task_table(scores)})
     draw_tasks(scores)
     draw_aggregates(scores)
 
