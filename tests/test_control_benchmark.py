@@ -54,7 +54,7 @@ def test_every_method_has_a_first_seed_before_any_has_a_second():
 
 def test_a_run_is_reproducible_and_evaluated_at_even_intervals():
     method = experiment.METHODS["r2vpo_off"]
-    settings = {**method.settings, "n_envs": 4, "n_steps": 32, "batch_size": 64, "n_epochs": 1}
+    settings = {**method.settings("cartpole-swingup"), "n_envs": 4, "n_steps": 32, "batch_size": 64, "n_epochs": 1}
     first, second = (experiment.train(method.algorithm, settings, "cartpole-swingup", 0, 2560) for _ in range(2))
     assert [row["timesteps"] for row in first] == [128 * i for i in range(1, 21)]
     assert {(row["task"], row["seed"]) for row in first} == {("cartpole-swingup", 0)}
@@ -65,10 +65,20 @@ def test_a_run_is_reproducible_and_evaluated_at_even_intervals():
     assert first == second
 
 
+def test_hard_tasks_are_run_with_their_networks(monkeypatch):
+    monkeypatch.setattr(experiment, "N_EVALUATIONS", 1)
+    monkeypatch.setattr(experiment, "N_EVAL_EPISODES", 1)
+    method = experiment.METHODS["ppo"]
+    settings = {**method.settings("humanoid-run"), "n_envs": 2, "n_steps": 16, "batch_size": 16, "n_epochs": 1}
+    (row,) = experiment.train(*experiment.in_our_loop(method.algorithm, settings), "humanoid-run", 0, 32)
+    assert row["timesteps"] == 32
+    assert row["mean_return"] >= 0
+
+
 def test_ppo_in_our_loop_gets_the_returns_of_sb3s_ppo(monkeypatch):
     monkeypatch.setattr(experiment, "N_EVALUATIONS", 2)
     method = experiment.METHODS["ppo"]
-    settings = {**method.settings, "n_envs": 4, "n_steps": 64, "batch_size": 64, "n_epochs": 5}
+    settings = {**method.settings("cheetah-run"), "n_envs": 4, "n_steps": 64, "batch_size": 64, "n_epochs": 5}
     algorithm, arguments = experiment.in_our_loop(method.algorithm, settings)
     assert (method.algorithm, algorithm) == (PPO, R2VPO)
     sb3s = experiment.train(PPO, settings, "cheetah-run", 0, 2048)
@@ -78,12 +88,22 @@ def test_ppo_in_our_loop_gets_the_returns_of_sb3s_ppo(monkeypatch):
     assert returns[0][0] != returns[0][1]
 
 
-def test_methods_share_ppos_settings_but_for_their_own():
-    ppo = experiment.METHODS["ppo"].settings
+@pytest.mark.parametrize("task", ["cheetah-run", "dog-run"])
+def test_methods_share_ppos_settings_but_for_their_own(task):
+    ppo = experiment.METHODS["ppo"].settings(task)
     for name in ("spo", "exact_kl", "r2vpo_fixed"):
-        settings = experiment.METHODS[name].settings
-        own = experiment.METHODS[name].own
-        assert settings == {**{key: value for key, value in ppo.items() if key != "clip_range"}, **own}
+        method = experiment.METHODS[name]
+        assert method.settings(task) == {**{key: value for key, value in ppo.items() if key != "clip_range"}, **method.own}
+
+
+@pytest.mark.parametrize("name", experiment.METHODS)
+def test_a_method_has_one_setting_for_the_ten_tasks_and_other_networks_for_hard_ones(name):
+    method = experiment.METHODS[name]
+    first, *others = (method.settings(task) for task in experiment.TASKS)
+    assert all(settings == first for settings in others)
+    for task in experiment.HARD_TASKS:
+        networks = {"policy": "sb3_r2vpo.r2vpo.LayerNormMlpPolicy", "policy_kwargs": {"net_arch": [256, 256]}}
+        assert method.settings(task) == {**first, **networks}
 
 
 def test_every_method_has_as_many_finalists_and_they_take_its_arguments():

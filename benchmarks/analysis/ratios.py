@@ -95,8 +95,8 @@ class Recorder(BaseCallback):
 def arms() -> dict[str, Settings]:
     """The settings of the three methods for R2VPOOff, which is each of them: with a capacity of one, it is on-policy."""
     on_policy = {"replay_capacity": 1, "utd_ratio": 1}
-    _, ppo = in_our_loop(METHODS["ppo"].algorithm, METHODS["ppo"].settings)
-    r2vpo, off = METHODS["r2vpo"].settings, METHODS["r2vpo_off"].settings
+    _, ppo = in_our_loop(METHODS["ppo"].algorithm, METHODS["ppo"].settings(TASK))
+    r2vpo, off = METHODS["r2vpo"].settings(TASK), METHODS["r2vpo_off"].settings(TASK)
     return {"PPO": {**ppo, **on_policy}, "R2VPO": {**r2vpo, **on_policy}, "R2VPOOff": off}
 
 

@@ -58,7 +58,7 @@ def cells() -> Iterator[Cell]:
 def execute(cell: Cell) -> list[dict[str, Any]]:
     name, axes = MAPS[cell.map]
     method = METHODS[name]
-    settings = {**method.settings, **dict(zip(axes, (cell.x, cell.y), strict=True)), "compile": True}
+    settings = {**method.settings(TASK), **dict(zip(axes, (cell.x, cell.y), strict=True))}
     rows = train(method.algorithm, settings, TASK, cell.seed, N_TIMESTEPS)
     constants = {name: rows[-1][name] for name in ("std", "var_coef", "ratio_variance", "settings", "versions", "processor")}
     return [{**cell._asdict(), "mean_return": last_quarter(rows), **constants}]

@@ -1,7 +1,7 @@
 """Tuned PPO, R2VPO and their kin on ten tasks of the DeepMind Control Suite.
 
     python benchmarks/control/benchmark.py study              an Optuna study of each main method, on three tasks
-    python benchmarks/control/benchmark.py final              three settings of each on four tasks, whole runs
+    python benchmarks/control/benchmark.py final              four settings of each on four tasks, whole runs
     python benchmarks/control/benchmark.py run                all runs that are not in results/evaluations.csv yet
     python benchmarks/control/benchmark.py status             what is done and what is missing
     python benchmarks/control/report.py                       tables and figures
@@ -28,7 +28,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 import optuna
 import pandas as pd
-from experiment import COMPILED, METHODS, TASKS, Row, Settings, in_our_loop, last_quarter, train
+from experiment import COMPILED, HARD_TASKS, METHODS, TASKS, Row, Settings, in_our_loop, last_quarter, train
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
@@ -110,7 +110,7 @@ def execute_all(
 
 def execute(run: Run, n_timesteps: int) -> list[Row]:
     method = METHODS[run.method]
-    rows = train(*in_our_loop(method.algorithm, method.settings), run.task, run.seed, n_timesteps)
+    rows = train(*in_our_loop(method.algorithm, method.settings(run.task)), run.task, run.seed, n_timesteps)
     return [{"method": run.method, **row} for row in rows]
 
 
@@ -196,17 +196,25 @@ FINALISTS: dict[str, dict[str, Settings]] = {
         "64 environments, 10 epochs": {**LARGE_ROLLOUTS, "n_epochs": 10, "clip_range": 0.2},
         "64 environments, 20 epochs": {**LARGE_ROLLOUTS, "n_epochs": 20, "clip_range": 0.2},
         "32 environments, 20 epochs": {**MORE_ENTROPY, "n_epochs": 20, "clip_range": 0.2},
+        "32 environments, tighter": {**MORE_ENTROPY, "n_epochs": 20, "clip_range": 0.1},
     },
     "r2vpo": {
         "64 environments, 20 epochs": {**LARGE_ROLLOUTS, "n_epochs": 20, "target_variance": 0.02},
         "32 environments, 20 epochs": {**MORE_ENTROPY, "n_epochs": 20, "target_variance": 0.02},
         "32 environments, tighter": {**MORE_ENTROPY, "n_epochs": 20, "target_variance": 0.01},
+        "32 environments, tighter, faster": {
+            **MORE_ENTROPY,
+            "learning_rate": "lin_6e-4",
+            "n_epochs": 20,
+            "target_variance": 0.01,
+        },
     },
     # 10 epochs with `utd_ratio=2`: as many gradient steps as 20 epochs on-policy
     "r2vpo_off": {
         "64 environments, 4 rollouts": {**LARGE_ROLLOUTS, "n_epochs": 10, "target_variance": 0.05, "replay_capacity": 4},
         "32 environments, 4 rollouts": {**MORE_ENTROPY, "n_epochs": 10, "target_variance": 0.05, "replay_capacity": 4},
         "32 environments, 2 rollouts": {**MORE_ENTROPY, "n_epochs": 10, "target_variance": 0.05, "replay_capacity": 2},
+        "32 environments, tighter": {**MORE_ENTROPY, "n_epochs": 10, "target_variance": 0.02, "replay_capacity": 2},
     },
 }
 
@@ -214,15 +222,20 @@ FINALISTS: dict[str, dict[str, Settings]] = {
 def trial_score(trial: optuna.Trial, method_name: str, workers: int) -> float:
     """Mean return over the study's tasks and the last quarter of the evaluations."""
     method = METHODS[method_name]
-    algorithm, settings = in_our_loop(method.algorithm, {**method.settings, **SPACES[method_name](trial), **COMPILED})
+    tuned = {**SPACES[method_name](trial), **COMPILED}
     seed = STUDY_SEED + trial.number
     with fresh_processes(workers) as pool:
-        futures = [pool.submit(train, algorithm, settings, task, seed, STUDY_TIMESTEPS) for task in STUDY_TASKS]
+        futures = {
+            task: pool.submit(
+                train, *in_our_loop(method.algorithm, {**method.settings(task), **tuned}), task, seed, STUDY_TIMESTEPS
+            )
+            for task in STUDY_TASKS
+        }
     scores = []
-    for task, future in zip(STUDY_TASKS, futures, strict=True):
+    for task, future in futures.items():
         rows = future.result()
         scores.append(last_quarter(rows))
-        trial.set_user_attr(task, round(scores[-1], 1))
+        trial.set_user_attr(task, scores[-1])
         trial.set_user_attr(f"{task} cpu_seconds", rows[-1]["cpu_seconds"])
     return float(np.mean(scores))
 
@@ -260,7 +273,7 @@ class Final(NamedTuple):
 
 def execute_final(final: Final) -> list[Row]:
     method = METHODS[final.method]
-    settings = {**method.settings, **FINALISTS[final.method][final.finalist], **COMPILED}
+    settings = {**method.settings(final.task), **FINALISTS[final.method][final.finalist], **COMPILED}
     rows = train(*in_our_loop(method.algorithm, settings), final.task, final.seed, N_TIMESTEPS)
     return [{**final._asdict(), **rows[-1], "mean_return": last_quarter(rows)}]
 
@@ -275,8 +288,6 @@ def final(args: argparse.Namespace) -> None:
         for finalist in FINALISTS[method]
     ]
     execute_all(planned, finished(FINALS, Final), execute_final, FINALS, args.workers)
-    finals = pd.read_csv(FINALS)
-    print(finals.pivot_table(index=["method", "finalist"], columns="task", values="mean_return", margins=True).round())
 
 
 def main() -> None:
@@ -286,7 +297,7 @@ def main() -> None:
         subparser = commands.add_parser(command.__name__)
         subparser.set_defaults(command=command)
         subparser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-        subparser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS)
+        subparser.add_argument("--tasks", nargs="+", choices=(*TASKS, *HARD_TASKS), default=TASKS)
     runner = commands.choices["run"]
     runner.add_argument("--seeds", type=int, help="seeds of each method (default: 5 of the main methods, 3 of the others)")
     runner.add_argument("--timesteps", type=int, default=N_TIMESTEPS)
