@@ -39,18 +39,23 @@ class DualVariable(nn.Module):
 
     :param var_coef: A number or a schedule of the remaining progress fixes the multiplier; "auto" adapts it from
         ``DEFAULT_INITIAL_VAR_COEF``, "auto_0.5" from 0.5.
-    :raises ValueError: ``var_coef`` is negative, infinite or NaN, or a string that is not "auto..." .
+    :param minimum: What an adaptive multiplier never falls below, from its initial value on.
+    :raises ValueError: ``var_coef`` is negative, infinite or NaN, or a string that is not "auto..."; ``minimum`` is negative,
+        infinite or NaN.
     """
 
     value: th.Tensor
 
-    def __init__(self, var_coef: float | Schedule | str = "auto") -> None:
+    def __init__(self, var_coef: float | Schedule | str = "auto", minimum: float = 0.0) -> None:
         super().__init__()
+        if not (math.isfinite(minimum) and minimum >= 0):
+            raise ValueError(f"`min_var_coef` is {minimum}; it must be finite and not negative.")
+        self.minimum = minimum
         self.adaptive = isinstance(var_coef, str)
         self.schedule: FloatSchedule | None = None
         initial_value = 0.0
         if isinstance(var_coef, str):
-            initial_value = _parse_initial_value(var_coef)
+            initial_value = max(minimum, _parse_initial_value(var_coef))
         elif callable(var_coef):
             self.schedule = FloatSchedule(var_coef)
         elif isinstance(var_coef, Real) and math.isfinite(var_coef) and var_coef >= 0:
@@ -78,7 +83,8 @@ class DualVariable(nn.Module):
 
     def step(self, ratio_variance: th.Tensor, target_variance: float | th.Tensor, learning_rate: float) -> None:
         """
-        One step of dual ascent, Eq. 10: ``lambda <- max(0, lambda + eta (V - epsilon))``; a fixed multiplier is left as it is.
+        One step of dual ascent, Eq. 10: ``lambda <- max(minimum, lambda + eta (V - epsilon))``; a fixed multiplier is left as
+        it is.
 
         The violation ``V - epsilon`` counts for at most ``MAX_VIOLATION``.
 
@@ -88,7 +94,7 @@ class DualVariable(nn.Module):
         """
         if self.adaptive:
             violation = (ratio_variance.detach() - target_variance).clamp(max=MAX_VIOLATION)
-            self.value.add_(violation, alpha=learning_rate).clamp_(min=0.0)
+            self.value.add_(violation, alpha=learning_rate).clamp_(min=self.minimum)
 
     def extra_repr(self) -> str:
         return f"value={self.value.item():.4g}, adaptive={self.adaptive}"

@@ -29,6 +29,21 @@ def test_multiplier_is_never_negative():
     assert dual.value.item() == 0.0
 
 
+def test_multiplier_stays_at_its_minimum_and_rises_from_it():
+    dual = DualVariable("auto_0.2", minimum=0.5)
+    assert dual.value.item() == 0.5
+    dual.step(th.tensor(0.0), target_variance=0.5, learning_rate=1.0)
+    assert dual.value.item() == 0.5
+    dual.step(th.tensor(0.8), target_variance=0.5, learning_rate=1.0)
+    assert dual.value.item() == pytest.approx(0.8)
+
+
+def test_minimum_is_not_for_fixed_multipliers():
+    dual = DualVariable(0.3, minimum=0.5)
+    dual.follow_schedule(1.0)
+    assert dual.value.item() == pytest.approx(0.3)
+
+
 def test_outlier_does_not_wind_up_the_multiplier():
     dual = DualVariable("auto_0.5")
     dual.step(th.tensor(1e20), target_variance=0.02, learning_rate=0.1)
@@ -89,3 +104,9 @@ def test_bad_strings(var_coef):
 def test_bad_numbers(var_coef):
     with pytest.raises(ValueError, match="`var_coef` is"):
         DualVariable(var_coef)
+
+
+@pytest.mark.parametrize("minimum", [-0.1, math.nan, math.inf])
+def test_bad_minimum(minimum):
+    with pytest.raises(ValueError, match="`min_var_coef` is"):
+        DualVariable("auto", minimum)

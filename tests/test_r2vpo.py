@@ -150,6 +150,18 @@ def test_adaptive_multiplier_holds_the_target_variance():
     assert np.mean(variances[4:]) == pytest.approx(0.01, rel=0.3)
 
 
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_multiplier_does_not_fall_below_its_minimum(algorithm, tmp_path):
+    model = algorithm("MlpPolicy", "CartPole-v1", target_variance=10.0, dual_learning_rate=1.0, min_var_coef=0.4, **SMALL)
+    model.learn(128)
+    assert logged(model)["train/var_coef"] == pytest.approx(0.4)
+    model.save(tmp_path / "model")
+    lowered = algorithm.load(tmp_path / "model", env=model.env, min_var_coef=0.0)
+    assert algorithm.load(tmp_path / "model").min_var_coef == 0.4
+    lowered.learn(128)
+    assert logged(lowered)["train/var_coef"] == 0.0
+
+
 def test_larger_multiplier_means_smaller_variance():
     variances = []
     for var_coef in (0.0, 0.5, 50.0):
@@ -303,6 +315,7 @@ def test_unknown_load_argument_is_refused(tmp_path):
         ({"dual_learning_rate": -1.0}, "`dual_learning_rate` is -1.0"),
         ({"dual_learning_rate": math.nan}, "`dual_learning_rate` is nan"),
         ({"dual_learning_rate": math.inf}, "`dual_learning_rate` is inf"),
+        ({"min_var_coef": -1.0}, "`min_var_coef` is -1.0"),
         ({"target_variance": 0.0}, "`target_variance` is 0.0"),
         ({"target_variance": -0.1}, "`target_variance` is -0.1"),
         ({"target_variance": math.nan}, "`target_variance` is nan"),

@@ -197,6 +197,9 @@ FINALISTS: dict[str, dict[str, Settings]] = {
         "64 environments, 20 epochs": {**LARGE_ROLLOUTS, "n_epochs": 20, "clip_range": 0.2},
         "32 environments, 20 epochs": {**MORE_ENTROPY, "n_epochs": 20, "clip_range": 0.2},
         "32 environments, tighter": {**MORE_ENTROPY, "n_epochs": 20, "clip_range": 0.1},
+        "32 environments, faster": {**MORE_ENTROPY, "learning_rate": "lin_6e-4", "n_epochs": 20, "clip_range": 0.2},
+        "32 environments, fastest": {**MORE_ENTROPY, "learning_rate": "lin_1e-3", "n_epochs": 20, "clip_range": 0.2},
+        "16 environments": {**MORE_ENTROPY, "n_envs": 16, "n_epochs": 20, "clip_range": 0.2},
     },
     "r2vpo": {
         "64 environments, 20 epochs": {**LARGE_ROLLOUTS, "n_epochs": 20, "target_variance": 0.02},
@@ -208,6 +211,25 @@ FINALISTS: dict[str, dict[str, Settings]] = {
             "n_epochs": 20,
             "target_variance": 0.01,
         },
+        "32 environments, multiplier at least 0.5": {
+            **MORE_ENTROPY,
+            "n_epochs": 20,
+            "target_variance": 0.02,
+            "min_var_coef": 0.5,
+        },
+        "32 environments, multiplier at least 1": {
+            **MORE_ENTROPY,
+            "n_epochs": 20,
+            "target_variance": 0.02,
+            "min_var_coef": 1.0,
+        },
+        "32 environments, multiplier at least 1, faster": {
+            **MORE_ENTROPY,
+            "learning_rate": "lin_6e-4",
+            "n_epochs": 20,
+            "target_variance": 0.02,
+            "min_var_coef": 1.0,
+        },
     },
     # 10 epochs with `utd_ratio=2`: as many gradient steps as 20 epochs on-policy
     "r2vpo_off": {
@@ -215,6 +237,28 @@ FINALISTS: dict[str, dict[str, Settings]] = {
         "32 environments, 4 rollouts": {**MORE_ENTROPY, "n_epochs": 10, "target_variance": 0.05, "replay_capacity": 4},
         "32 environments, 2 rollouts": {**MORE_ENTROPY, "n_epochs": 10, "target_variance": 0.05, "replay_capacity": 2},
         "32 environments, tighter": {**MORE_ENTROPY, "n_epochs": 10, "target_variance": 0.02, "replay_capacity": 2},
+        "32 environments, multiplier at least 0.5": {
+            **MORE_ENTROPY,
+            "n_epochs": 10,
+            "target_variance": 0.05,
+            "replay_capacity": 2,
+            "min_var_coef": 0.5,
+        },
+        "32 environments, multiplier at least 1": {
+            **MORE_ENTROPY,
+            "n_epochs": 10,
+            "target_variance": 0.05,
+            "replay_capacity": 2,
+            "min_var_coef": 1.0,
+        },
+        "32 environments, multiplier at least 1, faster": {
+            **MORE_ENTROPY,
+            "learning_rate": "lin_6e-4",
+            "n_epochs": 10,
+            "target_variance": 0.05,
+            "replay_capacity": 2,
+            "min_var_coef": 1.0,
+        },
     },
 }
 

@@ -49,7 +49,7 @@ class R2VPO(OnPolicyAlgorithm):
 
     PPO without its clip: the update maximises ``E[rho A]`` subject to ``E[(rho - 1)^2] <= epsilon``, where ``rho`` is the
     probability ratio between the current and the behaviour policy, by gradient ascent on the policy and dual ascent on the
-    multiplier ``lambda`` (Theorem 4.3 and Eq. 10). Apart from the four arguments that replace ``clip_range``, the signature,
+    multiplier ``lambda`` (Theorem 4.3 and Eq. 10). Apart from the five arguments that replace ``clip_range``, the signature,
     the defaults and the behaviour are those of SB3's PPO.
 
     Paper: https://arxiv.org/abs/2605.26784
@@ -71,6 +71,8 @@ class R2VPO(OnPolicyAlgorithm):
         minibatches of an update. A number or a schedule.
     :param dual_learning_rate: The step size ``eta`` of the adaptive multiplier, per minibatch. It should be small enough for
         the multiplier to hardly move within one update, whose first minibatches have ratios near one and whose last have not.
+    :param min_var_coef: What an adaptive multiplier never falls below. The default of zero is Eq. 10. Above zero, the tolerance
+        is what the ratio variance may not exceed, no longer what it is driven to: see the README, and ``hyperparams/``.
     :param objective: The policy objective: "r2vpo"; "r2vpo_sequence", which takes the ratio of a language model's whole
         response; or a baseline to compare with in the same loop: "ppo_clip", "clip_higher", "gppo", "topr", "topr_token",
         "exact_kl", "spo" (see ``sb3_r2vpo.objectives``), which have no use for the multiplier.
@@ -136,6 +138,7 @@ class R2VPO(OnPolicyAlgorithm):
         var_coef: float | Schedule | str = "auto",
         target_variance: float | Schedule = 0.02,
         dual_learning_rate: float = 0.02,
+        min_var_coef: float = 0.0,
         objective: str = "r2vpo",
         objective_kwargs: dict[str, Any] | None = None,
         clip_range_vf: float | Schedule | None = None,
@@ -190,6 +193,7 @@ class R2VPO(OnPolicyAlgorithm):
         self.var_coef = var_coef
         self.target_variance = target_variance
         self.dual_learning_rate = dual_learning_rate
+        self.min_var_coef = min_var_coef
         self.objective = objective
         self.objective_kwargs = objective_kwargs
         self.clip_range_vf = clip_range_vf
@@ -226,7 +230,7 @@ class R2VPO(OnPolicyAlgorithm):
     def _setup_model(self) -> None:
         self._check_coefficients()
         # Built first: an invalid `var_coef` must not leave a half-made model
-        dual = DualVariable(self.var_coef)
+        dual = DualVariable(self.var_coef, self.min_var_coef)
         # Actions that are whole responses of a language model bring a buffer of sequences
         sequence_buffer_class = getattr(self.action_space, "rollout_buffer_class", None)
         if self.compile and sequence_buffer_class is not None:
