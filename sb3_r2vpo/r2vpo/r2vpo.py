@@ -71,7 +71,7 @@ class R2VPO(OnPolicyAlgorithm):
         minibatches of an update. A number or a schedule.
     :param dual_learning_rate: The step size ``eta`` of the adaptive multiplier, per minibatch. It should be small enough for
         the multiplier to hardly move within one update, whose first minibatches have ratios near one and whose last have not.
-    :param min_var_coef: What an adaptive multiplier never falls below. The default of zero is Eq. 10. Above zero, the tolerance
+    :param min_var_coef: What an adaptive multiplier never falls below; zero, the default, is Eq. 10. Above zero, the tolerance
         is what the ratio variance may not exceed, no longer what it is driven to: see the README, and ``hyperparams/``.
     :param objective: The policy objective: "r2vpo"; "r2vpo_sequence", which takes the ratio of a language model's whole
         response; or a baseline to compare with in the same loop: "ppo_clip", "clip_higher", "gppo", "topr", "topr_token",

@@ -27,6 +27,7 @@ def sample_r2vpo_params(trial: optuna.Trial, n_actions: int, n_envs: int, additi
     trial.suggest_float("initial_var_coef", 0.01, 10.0, log=True)
     trial.suggest_float("target_variance", 0.003, 0.3, log=True)
     trial.suggest_float("dual_learning_rate", 0.003, 1.0, log=True)
+    trial.suggest_categorical("min_var_coef", [0.0, 0.5, 1.0])
 
     # From 2**4=16 to 2**11=2048; a batch larger than the rollout is the whole rollout
     trial.suggest_int("n_steps_pow", 4, 11)
