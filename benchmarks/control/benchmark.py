@@ -1,7 +1,7 @@
 """Tuned PPO, R2VPO and their kin on ten tasks of the DeepMind Control Suite.
 
     python benchmarks/control/benchmark.py study              an Optuna study of each main method, on three tasks
-    python benchmarks/control/benchmark.py final              four settings of each on four tasks, whole runs
+    python benchmarks/control/benchmark.py final              seven settings of each on four tasks, whole runs
     python benchmarks/control/benchmark.py run                all runs that are not in results/evaluations.csv yet
     python benchmarks/control/benchmark.py status             what is done and what is missing
     python benchmarks/control/report.py                       tables and figures
