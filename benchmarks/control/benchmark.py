@@ -213,14 +213,25 @@ FINALISTS: dict[str, dict[str, Settings]] = {
     "ppo": {
         "rate 3e-4": {**ON_POLICY, "clip_range": 0.2},
         "rate 6e-4": {**ON_POLICY, "clip_range": 0.2, "learning_rate": "lin_6e-4"},
+        "rate 1e-3": {**ON_POLICY, "clip_range": 0.2, "learning_rate": "lin_1e-3"},
+        "rate 1e-3, tighter": {**ON_POLICY, "clip_range": 0.1, "learning_rate": "lin_1e-3"},
     },
     "r2vpo": {
-        "no floor": {**ON_POLICY, "target_variance": 0.02, "min_var_coef": 0.0},
+        "no floor": {**ON_POLICY, "min_var_coef": 0.0, "target_variance": 0.02},
         "floor 1": {**ON_POLICY, "target_variance": 0.02, "min_var_coef": 1.0},
+        "no floor, rate 6e-4": {**ON_POLICY, "min_var_coef": 0.0, "target_variance": 0.02, "learning_rate": "lin_6e-4"},
+        "floor 1, rate 6e-4": {
+            **ON_POLICY,
+            "target_variance": 0.02,
+            "min_var_coef": 1.0,
+            "learning_rate": "lin_6e-4",
+        },
     },
     "r2vpo_off": {
         "no floor": {**REPLAY, "min_var_coef": 0.0},
         "floor 1": {**REPLAY, "min_var_coef": 1.0},
+        "no floor, rate 6e-4": {**REPLAY, "min_var_coef": 0.0, "learning_rate": "lin_6e-4"},
+        "floor 1, rate 6e-4": {**REPLAY, "min_var_coef": 1.0, "learning_rate": "lin_6e-4"},
     },
 }
 
