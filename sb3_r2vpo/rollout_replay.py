@@ -84,6 +84,15 @@ class StoredRollout:
     def __len__(self) -> int:
         return self.buffer.buffer_size * self.buffer.n_envs
 
+    def goes_on_in(self, following: "StoredRollout") -> bool:
+        """
+        :param following: Another rollout
+        :return: Whether it begins where this one ends, in every environment: not after a reset by a new call to ``learn``
+        """
+        first_obs = map_field(lambda array: array[:: self.buffer.buffer_size], following.buffer.observations)
+        ends, begins = (obs if isinstance(obs, dict) else {"": obs} for obs in (self.last_obs, first_obs))
+        return all(np.array_equal(ends[key].reshape(begins[key].shape), begins[key]) for key in ends)
+
     def tensors(self) -> RolloutBufferSamples:
         """:return: All steps in sampling order; on the CPU, observations and actions are not copied"""
         return rollout_tensors(self.buffer)
@@ -103,13 +112,23 @@ class StoredRollout:
         """
         return split(self.tensors(), batch_size)
 
-    def update_values(self, values: np.ndarray, timeout_values: np.ndarray, last_values: th.Tensor) -> None:
+    def update_values(
+        self,
+        values: np.ndarray,
+        timeout_values: np.ndarray,
+        last_values: th.Tensor,
+        following: "StoredRollout | None" = None,
+    ) -> None:
         """
         Replace the critic's values and recompute advantages and returns from them.
+
+        GAE does not break off at the end of a rollout whose continuation is stored as well: short rollouts get the advantages
+        of long ones.
 
         :param values: Values of the stored observations, in sampling order
         :param timeout_values: Values of the terminal observations of the timeouts
         :param last_values: Values of ``last_obs``
+        :param following: The rollout that was collected next, its advantages up to date already
         """
         buffer, timeouts = self.buffer, self.timeouts
         buffer.rewards[timeouts.steps, timeouts.envs] += buffer.gamma * (timeout_values - timeouts.values)
@@ -117,6 +136,10 @@ class StoredRollout:
         # GAE runs along time, over (n_steps, n_envs)
         buffer.values = values.reshape(buffer.n_envs, buffer.buffer_size).T
         buffer.advantages = np.empty_like(buffer.rewards)
+        if following is not None and self.goes_on_in(following):
+            # With this for a value, the last step's TD error is the error and all later ones of the sum of GAE
+            first_advantages = th.as_tensor(following.buffer.advantages[:: buffer.buffer_size]).flatten()
+            last_values = last_values.flatten().cpu() + buffer.gae_lambda * first_advantages
         buffer.compute_returns_and_advantage(last_values=last_values, dones=self.last_dones)
         for name in ("values", "advantages", "returns"):
             setattr(buffer, name, RolloutBuffer.swap_and_flatten(getattr(buffer, name)))

@@ -454,6 +454,19 @@ def test_refresh_with_an_unchanged_critic_changes_nothing():
         np.testing.assert_allclose(getattr(rollout.buffer, name), array, rtol=1e-4, atol=1e-4)
 
 
+def test_refreshed_advantages_go_on_in_the_rollout_that_follows():
+    """Two rollouts of one policy and critic have the advantages of a single one of twice the length."""
+    half, whole = (
+        R2VPOOff(
+            "MlpPolicy", make_vec_env("Pendulum-v1", 2, seed=0), learning_rate=0.0, **(SMALL | {"n_steps": n_steps})
+        ).learn(500)
+        for n_steps in (125, 250)
+    )
+    expected = whole.replay_buffer.rollouts[0].buffer.advantages.reshape(2, 250)
+    for rollout, steps in zip(half.replay_buffer.rollouts, (slice(125), slice(125, None)), strict=True):
+        np.testing.assert_allclose(rollout.buffer.advantages.reshape(2, 125), expected[:, steps], rtol=1e-4, atol=1e-4)
+
+
 def test_refresh_brings_the_bootstrap_at_timeouts_up_to_date():
     model = R2VPOOff("MlpPolicy", "Pendulum-v1", learning_rate=0.0, **(SMALL | {"n_steps": 250})).learn(250)
     rollout = model.replay_buffer.rollouts[0]

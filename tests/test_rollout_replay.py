@@ -147,6 +147,68 @@ def test_update_values_is_gae_of_the_new_values():
     np.testing.assert_array_equal(rollout.buffer.log_probs, log_probs)
 
 
+def long_rollout_in_two(rng: np.random.Generator) -> tuple[RolloutBuffer, StoredRollout, StoredRollout, th.Tensor]:
+    """A rollout of twice the length, and its halves stored one by one, with values that are out of date."""
+    whole = RolloutBuffer(
+        2 * N_STEPS, OBSERVATION_SPACE, ACTION_SPACE, "cpu", gae_lambda=0.9, gamma=0.95, n_envs=N_ENVS
+    )  # fmt: skip
+    for name in ("observations", "rewards", "values"):
+        array = getattr(whole, name)
+        array[:] = rng.normal(size=array.shape)
+    # An episode ends within either half, and one with the first half
+    for step, env in ((2, 0), (N_STEPS, 1), (N_STEPS + 2, 2)):
+        whole.episode_starts[step, env] = 1
+    whole.full, last_values = True, th.tensor([0.1, -0.4, 2.0])
+    whole.compute_returns_and_advantage(last_values, np.zeros(N_ENVS, dtype=bool))
+    halves = []
+    for start in (0, N_STEPS):
+        half, steps = make_buffer(), slice(start, start + N_STEPS)
+        for name in ("observations", "rewards", "episode_starts"):
+            setattr(half, name, getattr(whole, name)[steps].copy())
+        half.full = True
+        ends = start + N_STEPS == 2 * N_STEPS
+        last_obs = np.zeros((N_ENVS, 4)) if ends else whole.observations[N_STEPS]
+        last_dones = np.zeros(N_ENVS) if ends else whole.episode_starts[N_STEPS]
+        halves.append(StoredRollout(half, last_obs, last_dones.astype(bool), Timeouts()))
+    return whole, *halves, last_values
+
+
+def test_advantages_go_on_in_the_rollout_that_follows():
+    whole, first, second, last_values = long_rollout_in_two(np.random.default_rng(0))
+    no_timeouts = np.zeros(0, dtype=np.float32)
+    second.update_values(whole.values[N_STEPS:].T.flatten(), no_timeouts, last_values)
+    values_between = th.as_tensor(whole.values[N_STEPS])
+    first.update_values(whole.values[:N_STEPS].T.flatten(), no_timeouts, values_between, following=second)
+    for rollout, steps in ((first, slice(N_STEPS)), (second, slice(N_STEPS, None))):
+        for name in ("advantages", "returns"):
+            expected = RolloutBuffer.swap_and_flatten(getattr(whole, name)[steps])
+            np.testing.assert_allclose(getattr(rollout.buffer, name), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_advantages_break_off_where_the_environments_were_reset_in_between():
+    whole, first, second, last_values = long_rollout_in_two(np.random.default_rng(0))
+    second.buffer.observations = second.buffer.observations + 1
+    second.update_values(whole.values[N_STEPS:].T.flatten(), np.zeros(0, dtype=np.float32), last_values)
+    arguments = (whole.values[:N_STEPS].T.flatten(), np.zeros(0, dtype=np.float32), th.as_tensor(whole.values[N_STEPS]))
+    first.update_values(*arguments)
+    alone = first.buffer.advantages
+    first.update_values(*arguments, following=second)
+    np.testing.assert_array_equal(first.buffer.advantages, alone)
+
+
+def test_dictionary_observations_go_on_in_the_rollout_that_follows():
+    rng, buffer = np.random.default_rng(0), make_buffer(DICT_SPACE)
+    rollouts = []
+    for _ in range(2):
+        fill(buffer, rng)
+        rollouts.append(store(buffer))
+    first_obs = {key: array[::N_STEPS] for key, array in rollouts[1].buffer.observations.items()}
+    rollouts[0].last_obs = first_obs
+    assert rollouts[0].goes_on_in(rollouts[1])
+    rollouts[0].last_obs = {**first_obs, "x": first_obs["x"] + 1}
+    assert not rollouts[0].goes_on_in(rollouts[1])
+
+
 def test_batches_are_in_sampling_order():
     buffer = make_buffer()
     fill(buffer, np.random.default_rng(0))

@@ -5,6 +5,7 @@ import math
 import pathlib
 from collections.abc import Iterator
 from copy import deepcopy
+from itertools import pairwise
 from typing import Any, TypeVar
 
 import numpy as np
@@ -169,19 +170,19 @@ class R2VPOOff(R2VPO):
             timeouts=self._timeouts,
         )
         self.replay_buffer.add(rollout)
-        for staleness, stored in self.replay_buffer.by_staleness():
-            # The newest one has the current critic's values, and ratios of one
-            if staleness > 0:
-                variance = self._refresh(stored)
-                self.logger.record(f"train/ratio_variance_stale_{staleness}", variance)
+        # The newest one has the current critic's values, and ratios of one
+        for staleness, (following, stored) in enumerate(pairwise(reversed(self.replay_buffer.rollouts)), start=1):
+            variance = self._refresh(stored, following)
+            self.logger.record(f"train/ratio_variance_stale_{staleness}", variance)
         super().train()
 
     @th.no_grad()
-    def _refresh(self, rollout: StoredRollout) -> float:
+    def _refresh(self, rollout: StoredRollout, following: StoredRollout | None = None) -> float:
         """
         Bring a stored rollout's values, advantages and returns up to date with the current critic.
 
         :param rollout: One that an earlier policy collected
+        :param following: The one collected after it, up to date already
         :return: The ratio variance between the current policy and that one
         """
         values, deviations = [], []
@@ -194,6 +195,7 @@ class R2VPOOff(R2VPO):
                 values=th.cat(values).cpu().numpy(),
                 timeout_values=self._predict_timeout_values(rollout.timeouts),
                 last_values=self.policy.predict_values(obs_as_tensor(rollout.last_obs, self.device)),
+                following=following,
             )
         return th.cat(deviations).square().mean().item()
 
