@@ -4,6 +4,8 @@ import math
 from numbers import Real
 
 import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.preprocessing import get_action_dim
 from stable_baselines3.common.type_aliases import Schedule
 from stable_baselines3.common.utils import FloatSchedule
 from torch import nn
@@ -14,6 +16,22 @@ DEFAULT_INITIAL_VAR_COEF = 1.0
 #: Largest constraint violation that one dual step acts upon. A single ratio of ``exp(10)`` would otherwise add millions to a
 #: multiplier that comes down again by no more than ``eta * epsilon`` a step; one is already far outside any trust region.
 MAX_VIOLATION = 1.0
+
+
+def default_target_variance(action_space: spaces.Space) -> float:
+    """
+    The tolerance that ``target_variance="auto"`` stands for: ``0.01 * sqrt(n_actions)``.
+
+    A Gaussian policy that moves each of its means by ``d`` standard deviations has a ratio variance of about
+    ``n_actions * d**2``: one tolerance for all tasks would be a long step where there is one action, and a short one where
+    there are many. Ratios that PPO's clip at 0.2 holds grow with the root only (0.007 to 0.015 with one action, 0.02 with
+    two, 0.03 to 0.04 with six, measured on DM Control, see ``benchmarks/control``), and so does this tolerance.
+
+    :param action_space: The environment's
+    :return: The tolerance; of whole responses of a language model, that of one action
+    """
+    n_actions = 1 if getattr(action_space, "rollout_buffer_class", None) else get_action_dim(action_space)
+    return 0.01 * math.sqrt(n_actions)
 
 
 def _parse_initial_value(var_coef: str) -> float:

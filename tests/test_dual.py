@@ -2,9 +2,10 @@ import math
 
 import pytest
 import torch as th
+from gymnasium import spaces
 from stable_baselines3.common.utils import LinearSchedule
 
-from sb3_r2vpo.dual import DEFAULT_INITIAL_VAR_COEF, MAX_VIOLATION, DualVariable
+from sb3_r2vpo.dual import DEFAULT_INITIAL_VAR_COEF, MAX_VIOLATION, DualVariable, default_target_variance
 
 
 def test_initial_values():
@@ -110,3 +111,18 @@ def test_bad_numbers(var_coef):
 def test_bad_minimum(minimum):
     with pytest.raises(ValueError, match="`min_var_coef` is"):
         DualVariable("auto", minimum)
+
+
+@pytest.mark.parametrize(
+    ("action_space", "expected"),
+    [
+        (spaces.Box(-1, 1, (1,)), 0.01),
+        (spaces.Box(-1, 1, (4,)), 0.02),
+        (spaces.Box(-1, 1, (3, 3)), 0.03),
+        (spaces.Discrete(5), 0.01),
+        (spaces.MultiDiscrete([2, 3, 2, 2]), 0.02),
+        (spaces.MultiBinary(9), 0.03),
+    ],
+)
+def test_default_tolerance_grows_with_the_root_of_the_number_of_actions(action_space, expected):
+    assert default_target_variance(action_space) == pytest.approx(expected)

@@ -319,6 +319,8 @@ def test_unknown_load_argument_is_refused(tmp_path):
         ({"target_variance": 0.0}, "`target_variance` is 0.0"),
         ({"target_variance": -0.1}, "`target_variance` is -0.1"),
         ({"target_variance": math.nan}, "`target_variance` is nan"),
+        ({"target_variance": math.inf}, "`target_variance` is inf"),
+        ({"target_variance": "automatic"}, "`target_variance` is 'automatic'"),
         ({"objective": "ppo"}, "Unknown `objective` 'ppo'; choose one of r2vpo, r2vpo_sequence, ppo_clip"),
         ({"objective": "ppo_clip", "objective_kwargs": {"clip": 0.1}}, r"takes \['clip_range'\]"),
         ({"objective": "exact_kl"}, r"it needs \['kl_coef'\]"),
@@ -564,3 +566,13 @@ def test_learns_a_bandit():
     observations = th.rand(100, 3) * 2 - 1
     probabilities = model.policy.get_distribution(observations).distribution.probs
     assert probabilities[:, 1].mean() > 0.95
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_default_tolerance_is_that_of_the_action_space(algorithm, tmp_path):
+    env = RandomEnv(VECTOR, spaces.Box(-1, 1, (4,)))
+    model = algorithm("MlpPolicy", env, **SMALL)
+    assert model.target_variance(1.0) == pytest.approx(0.02)
+    model.save(tmp_path / "model")
+    assert algorithm.load(tmp_path / "model").target_variance(1.0) == pytest.approx(0.02)
+    assert algorithm.load(tmp_path / "model", target_variance="auto").target_variance(1.0) == pytest.approx(0.02)

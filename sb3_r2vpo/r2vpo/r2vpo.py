@@ -21,7 +21,7 @@ from stable_baselines3.common.utils import FloatSchedule, explained_variance
 from torch.nn import functional as F
 
 from sb3_r2vpo.compilation import compiled
-from sb3_r2vpo.dual import DualVariable
+from sb3_r2vpo.dual import DualVariable, default_target_variance
 from sb3_r2vpo.minibatches import rollout_tensors, shuffled_minibatches
 from sb3_r2vpo.objectives import OBJECTIVES, check_objective, mean
 from sb3_r2vpo.optim import (
@@ -68,7 +68,8 @@ class R2VPO(OnPolicyAlgorithm):
         hold ``target_variance``, and "auto_0.5" does so from an initial value of 0.5; a number or a schedule fixes it.
         Adaptive is the default because no fixed value serves small and large batches, or few and many action dimensions.
     :param target_variance: The tolerance ``epsilon``: where an adaptive multiplier holds ``E[(rho - 1)^2]``, averaged over the
-        minibatches of an update. A number or a schedule.
+        minibatches of an update. A number or a schedule; "auto" (default) is ``0.01 * sqrt(n_actions)``, as the same step
+        costs more variance with more dimensions, see :func:`~sb3_r2vpo.dual.default_target_variance`.
     :param dual_learning_rate: The step size ``eta`` of the adaptive multiplier, per minibatch. It should be small enough for
         the multiplier to hardly move within one update, whose first minibatches have ratios near one and whose last have not.
     :param min_var_coef: What an adaptive multiplier never falls below; zero, the default, is Eq. 10. Above zero, the tolerance
@@ -136,7 +137,7 @@ class R2VPO(OnPolicyAlgorithm):
         gamma: float = 0.99,
         gae_lambda: float = 0.95,
         var_coef: float | Schedule | str = "auto",
-        target_variance: float | Schedule = 0.02,
+        target_variance: float | Schedule | str = "auto",
         dual_learning_rate: float = 0.02,
         min_var_coef: float = 0.0,
         objective: str = "r2vpo",
@@ -191,7 +192,8 @@ class R2VPO(OnPolicyAlgorithm):
         self.batch_size = batch_size
         self.n_epochs = n_epochs
         self.var_coef = var_coef
-        self.target_variance = target_variance
+        # A schedule from `_setup_model` on
+        self.target_variance: Any = target_variance
         self.dual_learning_rate = dual_learning_rate
         self.min_var_coef = min_var_coef
         self.objective = objective
@@ -249,6 +251,8 @@ class R2VPO(OnPolicyAlgorithm):
         self._step = compiled(self._gradient_step) if self.compile else self._gradient_step
 
         # `load()` calls this method again on what it has restored: wrapping a `FloatSchedule` once more is harmless
+        if isinstance(self.target_variance, str):
+            self.target_variance = default_target_variance(self.action_space)
         self.target_variance = FloatSchedule(self.target_variance)
         if self.clip_range_vf is not None:
             if isinstance(self.clip_range_vf, float | int):
@@ -262,9 +266,14 @@ class R2VPO(OnPolicyAlgorithm):
                 f"{type(self).__name__}. To go on from its weights, create a new model and copy them: "
                 f"`{type(self).__name__}(...).policy.load_state_dict(PPO.load(path).policy.state_dict())`."
             )
-        if isinstance(self.target_variance, Real) and not (math.isfinite(self.target_variance) and self.target_variance > 0):
+        if isinstance(self.target_variance, str):
+            refused = self.target_variance != "auto"
+        else:
+            refused = isinstance(self.target_variance, Real) and not 0 < float(self.target_variance) < math.inf
+        if refused:
             raise ValueError(
-                f"`target_variance` is {self.target_variance}; it must be positive and finite, such as 0.02, or a schedule."
+                f"`target_variance` is {self.target_variance!r}; it must be positive and finite, such as 0.02, a schedule, or "
+                "'auto'."
             )
         if not (math.isfinite(self.dual_learning_rate) and self.dual_learning_rate >= 0):
             raise ValueError(f"`dual_learning_rate` is {self.dual_learning_rate}; it must be finite and not negative.")

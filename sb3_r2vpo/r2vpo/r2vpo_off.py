@@ -38,8 +38,6 @@ class R2VPOOff(R2VPO):
 
     :param policy: see :class:`R2VPO`, as all that is not listed here
     :param env: see :class:`R2VPO`
-    :param target_variance: The tolerance ``epsilon``. Looser than on-policy, since a part of the variance is the staleness of
-        the data.
     :param replay_capacity: Number of rollouts to keep, first in, first out; 4 in the paper's language-model experiments.
     :param utd_ratio: Update-to-data ratio: passes over one rollout's worth of steps are ``utd_ratio * n_epochs`` (rounded, at
         least one); 2 in the paper's language-model experiments.
@@ -61,7 +59,7 @@ class R2VPOOff(R2VPO):
         gamma: float = 0.99,
         gae_lambda: float = 0.95,
         var_coef: float | Schedule | str = "auto",
-        target_variance: float | Schedule = 0.05,
+        target_variance: float | Schedule | str = "auto",
         dual_learning_rate: float = 0.02,
         min_var_coef: float = 0.0,
         replay_capacity: int = 2,
