@@ -89,7 +89,7 @@ class StoredRollout:
         :param following: Another rollout
         :return: Whether it begins where this one ends, in every environment: not after a reset by a new call to ``learn``
         """
-        first_obs = map_field(lambda array: array[:: self.buffer.buffer_size], following.buffer.observations)
+        first_obs = map_field(lambda array: array[:: following.buffer.buffer_size], following.buffer.observations)
         ends, begins = (obs if isinstance(obs, dict) else {"": obs} for obs in (self.last_obs, first_obs))
         return all(np.array_equal(ends[key].reshape(begins[key].shape), begins[key]) for key in ends)
 
@@ -138,7 +138,7 @@ class StoredRollout:
         buffer.advantages = np.empty_like(buffer.rewards)
         if following is not None and self.goes_on_in(following):
             # With this for a value, the last step's TD error is the error and all later ones of the sum of GAE
-            first_advantages = th.as_tensor(following.buffer.advantages[:: buffer.buffer_size]).flatten()
+            first_advantages = th.as_tensor(following.buffer.advantages[:: following.buffer.buffer_size]).flatten()
             last_values = last_values.flatten().cpu() + buffer.gae_lambda * first_advantages
         buffer.compute_returns_and_advantage(last_values=last_values, dones=self.last_dones)
         for name in ("values", "advantages", "returns"):
@@ -174,10 +174,6 @@ class RolloutReplayBuffer:
         :param rollout: A finished rollout
         """
         self.rollouts.append(rollout)
-
-    def by_staleness(self) -> Iterator[tuple[int, StoredRollout]]:
-        """:return: Pairs of staleness (0 is the newest; counted in rollouts) and rollout, the newest first"""
-        return enumerate(reversed(self.rollouts))
 
     def passes(self, batch_size: int, n_passes: int) -> Iterator[Iterator[RolloutBufferSamples]]:
         """

@@ -106,7 +106,7 @@ def test_first_in_first_out():
         rollouts.append(store(buffer))
         replay.add(rollouts[-1])
     assert len(replay) == replay.capacity == 2
-    assert list(replay.by_staleness()) == [(0, rollouts[2]), (1, rollouts[1])]
+    assert list(replay.rollouts) == rollouts[1:]
 
 
 def test_stored_rollout_outlives_the_next_collection():
