@@ -38,13 +38,14 @@ class R2VPOOff(R2VPO):
 
     :param policy: see :class:`R2VPO`, as all that is not listed here
     :param env: see :class:`R2VPO`
-    :param n_steps: The number of steps to run for each environment per update; 512, so that the four rollouts of the replay
-        are the 2048 steps that :class:`R2VPO` and SB3's PPO update on. With as many gradient steps for each collected step,
-        the policy is then updated four times as often: short rollouts, old data, rather than more updates on the same data,
-        is what replay gains from on DM Control (``benchmarks/control``).
-    :param replay_capacity: Number of rollouts to keep, first in, first out; 4 as in the paper's language-model experiments.
+    :param n_steps: The number of steps to run for each environment per update; 1024, so that the replay's two rollouts are
+        the 2048 steps that :class:`R2VPO` and SB3's PPO update on. Short rollouts renew the policy often, which is what
+        replay gains from on DM Control (``benchmarks/control``).
+    :param replay_capacity: Number of rollouts to keep, first in, first out. More is for rollouts that are shorter still: four
+        of 32 steps in ``hyperparams/``, four in the paper's language-model experiments.
     :param utd_ratio: Update-to-data ratio: passes over one rollout's worth of steps are ``utd_ratio * n_epochs`` (rounded, at
-        least one); 2 in the paper's language-model experiments. By default as many gradient steps as on-policy.
+        least one); 2 as in the paper's language-model experiments. With 1 there are as many gradient steps for each collected
+        step as on-policy.
     :param recompute_advantages: Whether to bring values, advantages and returns of the stored rollouts up to date with the
         current critic before each update. GAE then goes on from each rollout into the one that followed it. Behaviour
         log-probabilities are never touched.
@@ -58,7 +59,7 @@ class R2VPOOff(R2VPO):
         policy: str | type[ActorCriticPolicy],
         env: GymEnv | str,
         learning_rate: float | Schedule = 3e-4,
-        n_steps: int = 512,
+        n_steps: int = 1024,
         batch_size: int = 64,
         n_epochs: int = 10,
         gamma: float = 0.99,
@@ -67,8 +68,8 @@ class R2VPOOff(R2VPO):
         target_variance: float | Schedule | str = "auto",
         dual_learning_rate: float = 0.02,
         min_var_coef: float = 0.0,
-        replay_capacity: int = 4,
-        utd_ratio: float = 1.0,
+        replay_capacity: int = 2,
+        utd_ratio: float = 2.0,
         recompute_advantages: bool = True,
         objective: str = "r2vpo",
         objective_kwargs: dict[str, Any] | None = None,
