@@ -1,4 +1,5 @@
 import math
+from copy import deepcopy
 
 import gymnasium as gym
 import numpy as np
@@ -11,6 +12,7 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.envs import FakeImageEnv, SimpleMultiObsEnv
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.logger import configure
+from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.save_util import save_to_pkl
 from stable_baselines3.common.utils import LinearSchedule
 from stable_baselines3.common.vec_env import DummyVecEnv
@@ -391,6 +393,65 @@ def test_nan_gradient_does_not_reach_the_weights(optimizer_kwargs):
 
 
 # --- replay ------------------------------------------------------------------------------------------------------------
+
+
+class RecordingR2VPO(R2VPO):
+    """Keeps each minibatch, with a copy of the policy that it was drawn for."""
+
+    def _minibatches(self):
+        self.drawn = []
+        for rollout_data in super()._minibatches():
+            self.drawn.append((deepcopy(self.policy), rollout_data))
+            yield rollout_data
+
+    def epochs_in_order(self) -> list[tuple[ActorCriticPolicy, dict[str, np.ndarray]]]:
+        """Of minibatches that are whole rollouts: their fields in the order of time, (n_envs, n_steps)."""
+        # Log-probabilities tell steps apart
+        order = np.argsort(np.argsort(self.rollout_buffer.log_probs.T.flatten()))
+        epochs = []
+        for policy, rollout_data in self.drawn:
+            indices = np.argsort(rollout_data.old_log_prob.numpy())[order]
+            fields = {name: field.numpy()[indices] for name, field in rollout_data._asdict().items()}
+            epochs.append((policy, {name: field.reshape(self.n_envs, self.n_steps, -1) for name, field in fields.items()}))
+        return epochs
+
+
+def recording_pendulum(**settings) -> RecordingR2VPO:
+    model = RecordingR2VPO(
+        "MlpPolicy",
+        make_vec_env("Pendulum-v1", 2),
+        **(SMALL | {"n_steps": 250, "batch_size": 500, "n_epochs": 3, "recompute_advantages": True} | settings),
+    )
+    return model.learn(500)
+
+
+def test_recomputing_with_an_unchanged_critic_changes_nothing():
+    """The whole path, time-outs after 200 steps included, against what SB3 computed at collection."""
+    (_, first), *later = recording_pendulum(learning_rate=0.0).epochs_in_order()
+    assert len(later) == 2
+    for _, epoch in later:
+        for name, field in first.items():
+            np.testing.assert_allclose(epoch[name], field, rtol=1e-4, atol=1e-4)
+
+
+def test_advantages_are_those_of_the_critic_at_each_epoch():
+    model = recording_pendulum(learning_rate=1e-2, gae_lambda=0.0)
+    (_, first), *later = model.epochs_in_order()
+    rewards = model.rollout_buffer.rewards.T
+    for policy, epoch in later:
+        for name in ("observations", "actions", "old_log_prob"):
+            np.testing.assert_array_equal(epoch[name], first[name])
+        with th.no_grad():
+            values = policy.predict_values(th.as_tensor(epoch["observations"]).flatten(0, 1)).reshape(2, 250).numpy()
+        np.testing.assert_allclose(epoch["old_values"][..., 0], values, rtol=1e-4, atol=1e-4)
+        assert np.abs(values - first["old_values"][..., 0]).max() > 0.01
+        # One-step targets; an episode ends after 200 steps, and what is beyond the last step is not among the observations
+        targets = rewards[:, :-1] + model.gamma * values[:, 1:]
+        for steps in (slice(0, 199), slice(200, 249)):
+            np.testing.assert_allclose(epoch["returns"][:, steps, 0], targets[:, steps], rtol=1e-4, atol=1e-4)
+            np.testing.assert_allclose(
+                epoch["advantages"][:, steps, 0], (targets - values[:, :-1])[:, steps], rtol=1e-4, atol=1e-4
+            )
 
 
 def pendulum_off(**settings) -> R2VPOOff:

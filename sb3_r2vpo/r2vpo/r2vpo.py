@@ -5,6 +5,7 @@ import math
 import warnings
 from collections import defaultdict
 from collections.abc import Iterator
+from copy import deepcopy
 from functools import partial
 from numbers import Real
 from typing import Any, ClassVar, TypeVar
@@ -17,7 +18,7 @@ from stable_baselines3.common.buffers import DictRolloutBuffer, RolloutBuffer
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, RolloutBufferSamples, Schedule
-from stable_baselines3.common.utils import FloatSchedule, explained_variance
+from stable_baselines3.common.utils import FloatSchedule, explained_variance, obs_as_tensor
 from torch.nn import functional as F
 
 from sb3_r2vpo.compilation import compiled
@@ -38,9 +39,12 @@ from sb3_r2vpo.r2vpo.evaluation import evaluate_actions
 from sb3_r2vpo.r2vpo.plain_mlp import PlainMlp, is_plain_mlp
 from sb3_r2vpo.r2vpo.policies import CnnPolicy, MlpPolicy, MultiInputPolicy
 from sb3_r2vpo.r2vpo.statistics import PPO_CLIP_RANGE, gradient_norms, summarize_ratios
-from sb3_r2vpo.rollout_replay import drop_padding
+from sb3_r2vpo.rollout_replay import StoredRollout, Timeouts, drop_padding
 
 SelfR2VPO = TypeVar("SelfR2VPO", bound="R2VPO")
+
+#: Steps in one forward pass without gradient over a rollout: large enough to be fast, small enough for images.
+EVALUATION_BATCH_SIZE = 2048
 
 
 class R2VPO(OnPolicyAlgorithm):
@@ -74,6 +78,9 @@ class R2VPO(OnPolicyAlgorithm):
         the multiplier to hardly move within one update, whose first minibatches have ratios near one and whose last have not.
     :param min_var_coef: What an adaptive multiplier never falls below; zero, the default, is Eq. 10. Above zero, the tolerance
         is what the ratio variance may not exceed, no longer what it is driven to: see the README, and ``hyperparams/``.
+    :param recompute_advantages: Whether to recompute values, advantages and returns with the current critic before each epoch
+        but the first (https://arxiv.org/abs/2006.05990, section 3.5). Behaviour log-probabilities are never touched. SB3's PPO
+        does not, and neither does this by default; the settings for DM Control in ``hyperparams/`` do.
     :param objective: The policy objective: "r2vpo"; "r2vpo_sequence", which takes the ratio of a language model's whole
         response; or a baseline to compare with in the same loop: "ppo_clip", "clip_higher", "gppo", "topr", "topr_token",
         "exact_kl", "spo" (see ``sb3_r2vpo.objectives``), which have no use for the multiplier.
@@ -140,6 +147,7 @@ class R2VPO(OnPolicyAlgorithm):
         target_variance: float | Schedule | str = "auto",
         dual_learning_rate: float = 0.02,
         min_var_coef: float = 0.0,
+        recompute_advantages: bool = False,
         objective: str = "r2vpo",
         objective_kwargs: dict[str, Any] | None = None,
         clip_range_vf: float | Schedule | None = None,
@@ -196,12 +204,14 @@ class R2VPO(OnPolicyAlgorithm):
         self.target_variance: Any = target_variance
         self.dual_learning_rate = dual_learning_rate
         self.min_var_coef = min_var_coef
+        self.recompute_advantages = recompute_advantages
         self.objective = objective
         self.objective_kwargs = objective_kwargs
         self.clip_range_vf = clip_range_vf
         self.normalize_advantage = normalize_advantage
         self.target_kl = target_kl
         self.compile = compile
+        self._timeouts = Timeouts()
 
         if self.env is not None:
             self._check_batch_size(self.env.num_envs)
@@ -297,9 +307,66 @@ class R2VPO(OnPolicyAlgorithm):
         # A class of the user's may do as it likes in `get`
         if type(self.rollout_buffer) in (RolloutBuffer, DictRolloutBuffer):
             draw = partial(shuffled_minibatches, [rollout_tensors(self.rollout_buffer)])  # type: ignore[assignment]
-        for _ in range(self.n_epochs):
+        rollout = self._store_rollout() if self.recompute_advantages else None
+        for epoch in range(self.n_epochs):
             self._n_updates += 1
+            if epoch > 0 and rollout is not None:
+                self._update_advantages(rollout)
+                draw = partial(shuffled_minibatches, [rollout.training_tensors()])  # type: ignore[assignment]
             yield from draw(self.batch_size)
+
+    def collect_rollouts(self, *args: Any, **kwargs: Any) -> bool:
+        self._timeouts = Timeouts()
+        return super().collect_rollouts(*args, **kwargs)
+
+    def _update_info_buffer(self, infos: list[dict[str, Any]], dones: np.ndarray | None = None) -> None:
+        """Called at each step before SB3 adds the bootstrapped value to the rewards: note where that is going to happen."""
+        super()._update_info_buffer(infos, dones)
+        for idx in np.flatnonzero(dones).tolist():  # type: ignore[arg-type]
+            info = infos[idx]
+            if info.get("terminal_observation") is not None and info.get("TimeLimit.truncated", False):
+                self._timeouts.append(self.rollout_buffer.pos, idx, info["terminal_observation"])
+
+    def _store_rollout(self) -> StoredRollout:
+        """:return: The rollout just collected, with what its advantages can be recomputed from"""
+        self._timeouts.values = self._predict_timeout_values(self._timeouts)
+        return StoredRollout(
+            self.rollout_buffer,
+            last_obs=deepcopy(self._last_obs),  # type: ignore[arg-type]
+            last_dones=deepcopy(self._last_episode_starts),  # type: ignore[arg-type]
+            timeouts=self._timeouts,
+        )
+
+    @th.no_grad()
+    def _update_advantages(
+        self, rollout: StoredRollout, values: th.Tensor | None = None, following: StoredRollout | None = None
+    ) -> None:
+        """
+        Bring a rollout's values, advantages and returns up to date with the current critic.
+
+        :param rollout: The rollout
+        :param values: The current critic's values of its steps, if they are at hand
+        :param following: The rollout collected after it, up to date already
+        """
+        if values is None:
+            batches = rollout.batches(EVALUATION_BATCH_SIZE)
+            values = th.cat([self.policy.predict_values(batch.observations) for batch in batches])
+        rollout.update_values(
+            values=values.cpu().numpy(),
+            timeout_values=self._predict_timeout_values(rollout.timeouts),
+            last_values=self.policy.predict_values(obs_as_tensor(rollout.last_obs, self.device)),
+            following=following,
+        )
+
+    @th.no_grad()
+    def _predict_timeout_values(self, timeouts: Timeouts) -> np.ndarray:
+        if len(timeouts) == 0:
+            return np.zeros(0, dtype=np.float32)
+        observations, _ = self.policy.obs_to_tensor(timeouts.stacked_observations())
+        return self.policy.predict_values(observations).flatten().cpu().numpy()
+
+    def _excluded_save_params(self) -> list[str]:
+        return [*super()._excluded_save_params(), "_timeouts"]
 
     def _evaluate_actions(self, rollout_data: RolloutBufferSamples) -> tuple[th.Tensor, th.Tensor, th.Tensor | None]:
         """

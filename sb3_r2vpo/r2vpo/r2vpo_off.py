@@ -4,26 +4,20 @@ import io
 import math
 import pathlib
 from collections.abc import Iterator
-from copy import deepcopy
 from itertools import pairwise
 from typing import Any, TypeVar
 
-import numpy as np
 import torch as th
 from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.save_util import load_from_pkl, save_to_pkl
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, RolloutBufferSamples, Schedule
-from stable_baselines3.common.utils import obs_as_tensor
 
 from sb3_r2vpo.objectives import ratio_minus_one
-from sb3_r2vpo.r2vpo.r2vpo import R2VPO
-from sb3_r2vpo.rollout_replay import RolloutReplayBuffer, StoredRollout, Timeouts, drop_padding
+from sb3_r2vpo.r2vpo.r2vpo import EVALUATION_BATCH_SIZE, R2VPO
+from sb3_r2vpo.rollout_replay import RolloutReplayBuffer, StoredRollout, drop_padding
 
 SelfR2VPOOff = TypeVar("SelfR2VPOOff", bound="R2VPOOff")
-
-#: Steps in one forward pass without gradient over stored rollouts: large enough to be fast, small enough for images.
-EVALUATION_BATCH_SIZE = 2048
 
 
 class R2VPOOff(R2VPO):
@@ -105,6 +99,7 @@ class R2VPOOff(R2VPO):
             target_variance=target_variance,
             dual_learning_rate=dual_learning_rate,
             min_var_coef=min_var_coef,
+            recompute_advantages=recompute_advantages,
             objective=objective,
             objective_kwargs=objective_kwargs,
             clip_range_vf=clip_range_vf,
@@ -128,8 +123,6 @@ class R2VPOOff(R2VPO):
         )
         self.replay_capacity = replay_capacity
         self.utd_ratio = utd_ratio
-        self.recompute_advantages = recompute_advantages
-        self._timeouts = Timeouts()
 
         if _init_setup_model:
             self._setup_model()
@@ -141,21 +134,6 @@ class R2VPOOff(R2VPO):
         super()._setup_model()
         self.replay_buffer = replay_buffer
 
-    def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "_timeouts"]
-
-    def collect_rollouts(self, *args: Any, **kwargs: Any) -> bool:
-        self._timeouts = Timeouts()
-        return super().collect_rollouts(*args, **kwargs)
-
-    def _update_info_buffer(self, infos: list[dict[str, Any]], dones: np.ndarray | None = None) -> None:
-        """Called at each step before SB3 adds the bootstrapped value to the rewards: note where that is going to happen."""
-        super()._update_info_buffer(infos, dones)
-        for idx in np.flatnonzero(dones).tolist():  # type: ignore[arg-type]
-            info = infos[idx]
-            if info.get("terminal_observation") is not None and info.get("TimeLimit.truncated", False):
-                self._timeouts.append(self.rollout_buffer.pos, idx, info["terminal_observation"])
-
     def _minibatches(self) -> Iterator[RolloutBufferSamples]:
         """The minibatches of one update: ``utd_ratio * n_epochs`` times those of one rollout, from the whole replay buffer."""
         n_passes = max(1, round(self.utd_ratio * self.n_epochs))
@@ -166,14 +144,7 @@ class R2VPOOff(R2VPO):
     def train(self) -> None:
         """Put the current rollout into the replay buffer, bring the older ones up to date, and update the policy on all."""
         self._check_rollout_is_finite()
-        self._timeouts.values = self._predict_timeout_values(self._timeouts)
-        rollout = StoredRollout(
-            self.rollout_buffer,
-            last_obs=deepcopy(self._last_obs),  # type: ignore[arg-type]
-            last_dones=deepcopy(self._last_episode_starts),  # type: ignore[arg-type]
-            timeouts=self._timeouts,
-        )
-        self.replay_buffer.add(rollout)
+        self.replay_buffer.add(self._store_rollout())
         # The newest one has the current critic's values, and ratios of one
         for staleness, (following, stored) in enumerate(pairwise(reversed(self.replay_buffer.rollouts)), start=1):
             variance = self._refresh(stored, following)
@@ -195,20 +166,8 @@ class R2VPOOff(R2VPO):
             values.append(batch_values)
             deviations.append(drop_padding(ratio_minus_one(log_prob - rollout_data.old_log_prob), rollout_data))
         if self.recompute_advantages:
-            rollout.update_values(
-                values=th.cat(values).cpu().numpy(),
-                timeout_values=self._predict_timeout_values(rollout.timeouts),
-                last_values=self.policy.predict_values(obs_as_tensor(rollout.last_obs, self.device)),
-                following=following,
-            )
+            self._update_advantages(rollout, th.cat(values), following)
         return th.cat(deviations).square().mean().item()
-
-    @th.no_grad()
-    def _predict_timeout_values(self, timeouts: Timeouts) -> np.ndarray:
-        if len(timeouts) == 0:
-            return np.zeros(0, dtype=np.float32)
-        observations, _ = self.policy.obs_to_tensor(timeouts.stacked_observations())
-        return self.policy.predict_values(observations).flatten().cpu().numpy()
 
     def save_replay_buffer(self, path: str | pathlib.Path | io.BufferedIOBase) -> None:
         """
