@@ -135,36 +135,46 @@ def processor() -> str:
     return names[0] if names else platform.machine()
 
 
-def train(algorithm: type[OnPolicyAlgorithm], settings: Settings, task: str, seed: int, n_timesteps: int) -> list[Row]:
+def make_model(algorithm: type[OnPolicyAlgorithm], settings: Settings, task: str, seed: int) -> OnPolicyAlgorithm:
     """
-    Train once, on one thread.
-
     :param algorithm: The algorithm's class
     :param settings: Its arguments, ``n_envs`` and ``normalize``, as in ``hyperparams/``
     :param task: A task of the DeepMind Control Suite, such as "cheetah-run"
-    :param seed: Seed of the training; evaluations have episodes of their own
-    :param n_timesteps: Environment steps, over all environments
-    :return: A row for each evaluation
+    :param seed: Seed of the training
+    :return: A new model and its environments
     """
     warnings.filterwarnings("ignore", message=".*truncated mini-batch")
-    th.set_num_threads(1)
     arguments = copy.deepcopy(settings)
     n_envs, normalize = arguments.pop("n_envs"), arguments.pop("normalize")
     arguments.pop("n_timesteps", None)
     if "." in arguments["policy"]:
         arguments["policy"] = resolve_name(arguments["policy"])
-    env_id = f"dm_control/{task}-v0"
     env = VecNormalize(
-        EnvPoolVecEnv(env_id, n_envs, seed=seed, num_threads=1, stagger=True), gamma=arguments["gamma"], **normalize
-    )
-    eval_env = VecNormalize(
-        EnvPoolVecEnv(env_id, N_EVAL_EPISODES, seed=10_000 + seed, num_threads=1), training=False, norm_reward=False
+        EnvPoolVecEnv(f"dm_control/{task}-v0", n_envs, seed=seed, num_threads=1, stagger=True),
+        gamma=arguments["gamma"],
+        **normalize,
     )
     schedules, arguments = split_schedules(arguments)
-    model = algorithm(env=env, seed=seed, device="cpu", **arguments, **schedules)
+    return algorithm(env=env, seed=seed, device="cpu", **arguments, **schedules)
+
+
+def train(algorithm: type[OnPolicyAlgorithm], settings: Settings, task: str, seed: int, n_timesteps: int) -> list[Row]:
+    """
+    Train once, on one thread; see :func:`make_model`. Evaluations have episodes of their own.
+
+    :param n_timesteps: Environment steps, over all environments
+    :return: A row for each evaluation
+    """
+    th.set_num_threads(1)
+    model = make_model(algorithm, settings, task, seed)
+    eval_env = VecNormalize(
+        EnvPoolVecEnv(f"dm_control/{task}-v0", N_EVAL_EPISODES, seed=10_000 + seed, num_threads=1),
+        training=False,
+        norm_reward=False,
+    )
     evaluations = Evaluations(eval_env, n_timesteps // N_EVALUATIONS)
     model.learn(n_timesteps, callback=evaluations)
-    env.close()
+    model.get_env().close()
     eval_env.close()
     constants = {
         "settings": json.dumps(settings, sort_keys=True),

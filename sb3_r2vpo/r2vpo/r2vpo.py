@@ -53,8 +53,8 @@ class R2VPO(OnPolicyAlgorithm):
 
     PPO without its clip: the update maximises ``E[rho A]`` subject to ``E[(rho - 1)^2] <= epsilon``, where ``rho`` is the
     probability ratio between the current and the behaviour policy, by gradient ascent on the policy and dual ascent on the
-    multiplier ``lambda`` (Theorem 4.3 and Eq. 10). Apart from the five arguments that replace ``clip_range``, the signature,
-    the defaults and the behaviour are those of SB3's PPO.
+    multiplier ``lambda`` (Theorem 4.3 and Eq. 10). Apart from the arguments that replace ``clip_range``,
+    ``recompute_advantages`` and ``compile``, the signature, the defaults and the behaviour are those of SB3's PPO.
 
     Paper: https://arxiv.org/abs/2605.26784
 
