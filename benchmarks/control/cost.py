@@ -3,7 +3,8 @@
     python benchmarks/control/cost.py
 
 Writes results/cost.csv. Each arm trains for a few updates and is then timed in turn with the others, forwards and
-backwards, so that the load of other programs falls on all of them. Environment steps, updates and all else of `learn()` are in it.
+backwards, so that the load of other programs falls on all of them. Environment steps, updates and all else of `learn()` are
+in it.
 """
 
 import argparse
