@@ -13,7 +13,7 @@ from stable_baselines3.common.envs import FakeImageEnv, SimpleMultiObsEnv
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.logger import configure
 from stable_baselines3.common.policies import ActorCriticPolicy
-from stable_baselines3.common.save_util import save_to_pkl
+from stable_baselines3.common.save_util import load_from_zip_file, save_to_pkl
 from stable_baselines3.common.utils import LinearSchedule
 from stable_baselines3.common.vec_env import DummyVecEnv
 
@@ -576,6 +576,8 @@ def test_zip_does_not_grow_with_the_replay(tmp_path):
     replayed = sum(rollout.buffer.observations.nbytes for rollout in model.replay_buffer.rollouts)
     assert (tmp_path / "full.zip").stat().st_size < (tmp_path / "empty.zip").stat().st_size * 3
     assert replayed > 0
+    data, _, _ = load_from_zip_file(tmp_path / "full.zip")
+    assert len(model._timeouts) > 0 and "_timeouts" not in data
 
 
 def test_smaller_capacity_keeps_the_newest(tmp_path):

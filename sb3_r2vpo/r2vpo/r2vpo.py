@@ -365,9 +365,6 @@ class R2VPO(OnPolicyAlgorithm):
         observations, _ = self.policy.obs_to_tensor(timeouts.stacked_observations())
         return self.policy.predict_values(observations).flatten().cpu().numpy()
 
-    def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "_timeouts"]
-
     def _evaluate_actions(self, rollout_data: RolloutBufferSamples) -> tuple[th.Tensor, th.Tensor, th.Tensor | None]:
         """
         Evaluate stored actions with the current policy.
@@ -546,7 +543,7 @@ class R2VPO(OnPolicyAlgorithm):
             self.logger.record(f"train/{name}", float(coefficient))
 
     def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "_step", "_parameters", "_plain_mlp", "_flat_adam"]
+        return [*super()._excluded_save_params(), "_timeouts", "_step", "_parameters", "_plain_mlp", "_flat_adam"]
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         state_dicts, tensors = super()._get_torch_save_params()
