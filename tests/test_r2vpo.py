@@ -577,7 +577,8 @@ def test_zip_does_not_grow_with_the_replay(tmp_path):
     assert (tmp_path / "full.zip").stat().st_size < (tmp_path / "empty.zip").stat().st_size * 3
     assert replayed > 0
     data, _, _ = load_from_zip_file(tmp_path / "full.zip")
-    assert len(model._timeouts) > 0 and "_timeouts" not in data
+    assert len(model._timeouts) > 0
+    assert "_timeouts" not in data
 
 
 def test_smaller_capacity_keeps_the_newest(tmp_path):

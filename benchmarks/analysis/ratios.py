@@ -22,18 +22,16 @@ import torch as th
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from stable_baselines3.common.callbacks import BaseCallback
-from stable_baselines3.common.vec_env import VecNormalize
+from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 
-from sb3_r2vpo import R2VPOOff
+from sb3_r2vpo import R2VPO
 from sb3_r2vpo.divergences import CHI_SQUARE, F_DIVERGENCES, alpha_divergence, clipping_error, clipping_error_bound
-from sb3_r2vpo.envs import EnvPoolVecEnv
 from sb3_r2vpo.rollout_replay import StoredRollout
-from sb3_r2vpo.zoo.settings import split_schedules
 
 HERE = Path(__file__).parent
 RATIOS = HERE / "results" / "ratios.csv"
 sys.path.insert(0, str(HERE.parent / "control"))
-from experiment import METHODS, Settings, in_our_loop  # noqa: E402
+from experiment import METHODS, Settings, in_our_loop, make_model  # noqa: E402
 
 TASK, N_TIMESTEPS, SEED = "cheetah-run", 500_000, 0
 CLIP_RANGE = 0.2
@@ -44,7 +42,7 @@ CAPACITY = 4
 
 
 @th.no_grad()
-def measure(model: R2VPOOff, rollout: StoredRollout) -> dict[str, float]:
+def measure(model: R2VPO, rollout: StoredRollout) -> dict[str, float]:
     """The ratios between the current policy and the one that collected a rollout."""
     samples = rollout.tensors()
     log_prob = model._evaluate_actions(samples)[1]
@@ -77,9 +75,11 @@ class Recorder(BaseCallback):
     def _on_step(self) -> bool:
         return True
 
+    def _on_rollout_end(self) -> None:
+        self.rollouts.append(self.model._store_rollout())
+
     def _on_rollout_start(self) -> None:
-        # The first call comes before the first update
-        self.rollouts.extend(list(self.model.replay_buffer.rollouts)[-1:])
+        # The first call comes before the first update, and has nothing to measure
         for staleness, rollout in enumerate(reversed(self.rollouts)):
             row = {
                 "arm": self.arm,
@@ -92,27 +92,20 @@ class Recorder(BaseCallback):
             self.rows.append({name: f"{value:.4g}" if isinstance(value, float) else value for name, value in row.items()})
 
 
-def arms() -> dict[str, Settings]:
-    """The settings of the three methods for R2VPOOff, which is each of them: with a capacity of one, it is on-policy."""
-    on_policy = {"replay_capacity": 1, "utd_ratio": 1}
-    _, ppo = in_our_loop(METHODS["ppo"].algorithm, METHODS["ppo"].settings(TASK))
-    r2vpo, off = METHODS["r2vpo"].settings(TASK), METHODS["r2vpo_off"].settings(TASK)
-    return {"PPO": {**ppo, **on_policy}, "R2VPO": {**r2vpo, **on_policy}, "R2VPOOff": off}
+def arms() -> dict[str, tuple[type[OnPolicyAlgorithm], Settings]]:
+    methods = {"PPO": METHODS["ppo"], "R2VPO": METHODS["r2vpo"], "R2VPOOff": METHODS["r2vpo_off"]}
+    return {name: in_our_loop(method.algorithm, method.settings(TASK)) for name, method in methods.items()}
 
 
 def record() -> None:
     th.set_num_threads(1)
     rows = []
-    for name, settings in arms().items():
-        arguments = {key: value for key, value in settings.items() if key not in ("n_envs", "n_timesteps", "normalize")}
-        schedules, arguments = split_schedules(arguments)
-        pool = EnvPoolVecEnv(f"dm_control/{TASK}-v0", settings["n_envs"], seed=SEED, num_threads=1, stagger=True)
-        env = VecNormalize(pool, gamma=arguments["gamma"], **settings["normalize"])
+    for name, (algorithm, settings) in arms().items():
         recorder = Recorder(name)
-        model = R2VPOOff(env=env, seed=SEED, device="cpu", **arguments, **schedules)
+        model = make_model(algorithm, settings, TASK, SEED)
         model.learn(N_TIMESTEPS, callback=recorder, progress_bar=True)
         rows += recorder.rows
-        env.close()
+        model.get_env().close()
     RATIOS.parent.mkdir(exist_ok=True)
     with RATIOS.open("w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]))

@@ -75,6 +75,8 @@ METHODS: dict[str, Method] = {
     "ppo": Method(PPO, without=()),
     "r2vpo": Method(R2VPO, "r2vpo", without=(), own=COMPILED),
     "r2vpo_off": Method(R2VPOOff, "r2vpo_off", without=(), own=COMPILED),
+    # What R2VPO's settings have besides its objective
+    "ppo_recompute": Method(PPO, without=(), own={"recompute_advantages": True}),
     "r2vpo_fixed": Method(R2VPO, own={"var_coef": 1.0, **COMPILED}),
     "spo": Method(R2VPO, own={"objective": "spo", "objective_kwargs": {"clip_range": 0.2}, **COMPILED}),
     "exact_kl": Method(R2VPO, own={"objective": "exact_kl", "objective_kwargs": {"kl_coef": 1.0}, **COMPILED}),

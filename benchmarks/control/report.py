@@ -25,6 +25,7 @@ LABELS = {
     "r2vpo": "R2VPO",
     "r2vpo_off": "R2VPOOff",
     "r2vpo_fixed": "R2VPO, fixed λ",
+    "ppo_recompute": "PPO, advantages recomputed",
     "spo": "SPO",
     "exact_kl": "exact KL",
     "trpo": "TRPO",
