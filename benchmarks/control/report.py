@@ -41,23 +41,24 @@ def read_evaluations() -> list[dict[str, str]]:
 
 
 def complete_scores(rows: list[dict[str, str]]) -> Scores:
-    """Methods with at least one seed on every task; seeds beyond those that all of its tasks have are left out."""
+    """Methods with at least two seeds on every task; seeds beyond those that all of its tasks have are left out."""
     curves: dict[tuple[str, str], dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
     for row in rows:
         curves[row["method"], row["task"]][int(row["seed"])].append(float(row["mean_return"]) / MAX_RETURN)
     scores = {}
     for method in METHODS:
         seeds = sorted(set.intersection(*(set(curves[method, task]) for task in TASKS)))
-        if seeds:
+        # One has no interval
+        if len(seeds) > 1:
             scores[method] = np.array([[curves[method, task][seed][:N_EVALUATIONS] for task in TASKS] for seed in seeds])
     return scores
 
 
 def interval(scores: dict[str, np.ndarray], statistic) -> dict[str, tuple[float, float, float]]:
     """A statistic of each, with the ends of its 95% stratified bootstrap interval."""
-    estimates, intervals = library.get_interval_estimates(
-        scores, lambda *x: np.array([statistic(*x)]), reps=N_BOOTSTRAPS, random_state=np.random.RandomState(0)
-    )
+    # rliable draws from the global generator, whatever `random_state` it is given
+    np.random.seed(0)
+    estimates, intervals = library.get_interval_estimates(scores, lambda *x: np.array([statistic(*x)]), reps=N_BOOTSTRAPS)
     return {name: (float(estimates[name][0]), *map(float, intervals[name][:, 0])) for name in scores}
 
 
@@ -141,6 +142,7 @@ def draw_aggregates(scores: Scores) -> None:
     curve_ax.legend()
     thresholds = np.linspace(0.0, 1.0, 101)
     final = {method: curves[..., -1] for method, curves in scores.items()}
+    np.random.seed(0)
     profiles, bands = library.create_performance_profile(final, thresholds, reps=2000)
     for method, profile in profiles.items():
         (line,) = profile_ax.plot(thresholds, profile, label=LABELS[method])
