@@ -148,12 +148,20 @@ def test_report_writes_tables_and_figures(tmp_path, monkeypatch):
         "task,method,finalist,mean_return\nwalker-run,r2vpo,best,80\ncheetah-run,r2vpo,best,600\nwalker-run,ppo,best,82\n"
     )
     for task in experiment.TASKS:
-        for method, final in (("ppo", 0.5), ("r2vpo", 0.75)):
-            benchmark.append_rows(tmp_path / "results" / "evaluations.csv", rows_of(method, task, 0, final))
-    for _ in range(2):  # the second time in place of the first
+        runs = [("ppo", 0, 0.5), ("ppo", 1, 0.5), ("r2vpo", 0, 0.75), ("r2vpo", 1, 0.75), ("spo", 0, 0.9)]
+        # Apart enough for intervals to depend on the bootstrap's draws
+        runs += [("r2vpo_off", seed, (len(task) + 7 * seed) % 10 / 10) for seed in range(4)]
+        for method, seed, final in runs:
+            benchmark.append_rows(tmp_path / "results" / "evaluations.csv", rows_of(method, task, seed, final))
+    texts = []
+    for _ in range(2):  # the second time in place of the first, and to the last digit
         report.main()
-    text = (tmp_path / "README.md").read_text()
-    assert text.count("| R2VPO | 1 | 0.750 (0.750 to 0.750) | 1.50 |") == 1
+        texts.append((tmp_path / "README.md").read_text())
+    text = texts[0]
+    assert texts[1] == text
+    assert text.count("| R2VPO | 2 | 0.750 (0.750 to 0.750) | 1.50 |") == 1
+    # One seed has no interval
+    assert "| SPO | 1 |" not in text
     assert text.count("| PPO | best | 82 |  |  |\n| R2VPO | best | 80 | 600 | 340 |") == 1
-    assert text.count("| cheetah-run | 500 ± 0 | **750 ± 0** |") == 1
+    assert text.count("| cheetah-run | 500 ± 0 | **750 ± 0** | ") == 1
     assert {path.name for path in (tmp_path / "figures").iterdir()} == {"tasks.png", "aggregates.png"}
