@@ -163,5 +163,5 @@ def test_report_writes_tables_and_figures(tmp_path, monkeypatch):
     # One seed has no interval
     assert "| SPO | 1 |" not in text
     assert text.count("| PPO | best | 82 |  |  |\n| R2VPO | best | 80 | 600 | 340 |") == 1
-    assert text.count("| cheetah-run | 500 ± 0 | **750 ± 0** | ") == 1
+    assert text.count("| cheetah-run | 500 ± 0 | **750 ± 0** |") == 1
     assert {path.name for path in (tmp_path / "figures").iterdir()} == {"tasks.png", "aggregates.png"}

@@ -392,7 +392,7 @@ def test_nan_gradient_does_not_reach_the_weights(optimizer_kwargs):
     model.learn(32)
 
 
-# --- replay ------------------------------------------------------------------------------------------------------------
+# --- recomputed advantages ---------------------------------------------------------------------------------------------
 
 
 class RecordingR2VPO(R2VPO):
@@ -452,6 +452,9 @@ def test_advantages_are_those_of_the_critic_at_each_epoch():
             np.testing.assert_allclose(
                 epoch["advantages"][:, steps, 0], (targets - values[:, :-1])[:, steps], rtol=1e-4, atol=1e-4
             )
+
+
+# --- replay ------------------------------------------------------------------------------------------------------------
 
 
 def pendulum_off(**settings) -> R2VPOOff:

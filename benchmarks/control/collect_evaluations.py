@@ -6,13 +6,11 @@ Collect the evaluations of runs of `r2vpo train --eval-freq ...` into one CSV fi
 
 import argparse
 import csv
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import yaml
-
-PACKAGES = ("sb3-r2vpo", "stable-baselines3", "torch", "envpool")
+from experiment import package_versions
 
 
 def read_run(run: Path) -> list[dict[str, object]]:
@@ -31,7 +29,7 @@ def read_run(run: Path) -> list[dict[str, object]]:
             "mean_return": round(float(episodes.mean()), 2),
             "std_return": round(float(episodes.std()), 2),
             "returns": " ".join(f"{episode:.1f}" for episode in episodes),
-            "versions": " ".join(f"{name}={version(name)}" for name in PACKAGES),
+            "versions": package_versions(),
         }
         for steps, episodes in zip(timesteps, returns, strict=True)
     ]

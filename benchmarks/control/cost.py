@@ -12,7 +12,6 @@ import os
 import sys
 import time
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 
 # Before NumPy and PyTorch are loaded
@@ -21,16 +20,16 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 import pandas as pd
 import torch as th
-from experiment import COMPILED, METHODS, PACKAGES, in_our_loop, make_model, processor
+from experiment import COMPILED, METHODS, in_our_loop, make_model, package_versions, processor
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from tqdm import tqdm
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent / "speed"))
-from benchmark import interleave  # noqa: E402
+from benchmark import interleave, load  # noqa: E402
 
 TASK = "cheetah-run"
-#: PPO's rollout of 32 environments, four of R2VPOOff's
+#: Four rollouts of PPO and R2VPO, sixteen of R2VPOOff
 N_TIMESTEPS = 4 * 4096
 
 
@@ -74,8 +73,8 @@ def main() -> None:
     )
     for column in ("wall", "cpu"):
         rows[f"over_sb3_ppo_{column}"] = (rows[f"{column}_us_a_step"] / rows[f"{column}_us_a_step"][0]).round(2)
-    rows["rounds"], rows["load"] = args.rounds, round(os.getloadavg()[0], 1)
-    rows["versions"] = " ".join(f"{name}={version(name)}" for name in PACKAGES)
+    rows["rounds"], rows["load"] = args.rounds, load()
+    rows["versions"] = package_versions()
     rows["processor"] = processor()
     rows.to_csv(HERE / "results" / "cost.csv", index=False)
     print(rows.to_string(index=False))

@@ -130,6 +130,10 @@ class Evaluations(BaseCallback):
         self.start_cpu = time.process_time()
 
 
+def package_versions() -> str:
+    return " ".join(f"{name}={version(name)}" for name in PACKAGES)
+
+
 def processor() -> str:
     """The processor's name, which `platform.processor()` leaves empty on most Linux systems."""
     cpuinfo = Path("/proc/cpuinfo")
@@ -180,7 +184,7 @@ def train(algorithm: type[OnPolicyAlgorithm], settings: Settings, task: str, see
     eval_env.close()
     constants = {
         "settings": json.dumps(settings, sort_keys=True),
-        "versions": " ".join(f"{name}={version(name)}" for name in PACKAGES),
+        "versions": package_versions(),
         "processor": processor(),
     }
     return [{"task": task, "seed": seed, **row, **constants} for row in evaluations.rows]

@@ -143,7 +143,7 @@ def draw_aggregates(scores: Scores) -> None:
     thresholds = np.linspace(0.0, 1.0, 101)
     final = {method: curves[..., -1] for method, curves in scores.items()}
     np.random.seed(0)
-    profiles, bands = library.create_performance_profile(final, thresholds, reps=2000)
+    profiles, bands = library.create_performance_profile(final, thresholds, reps=N_BOOTSTRAPS)
     for method, profile in profiles.items():
         (line,) = profile_ax.plot(thresholds, profile, label=LABELS[method])
         profile_ax.fill_between(thresholds, *bands[method], color=line.get_color(), alpha=0.15, linewidth=0)

@@ -303,15 +303,16 @@ class R2VPO(OnPolicyAlgorithm):
 
     def _minibatches(self) -> Iterator[RolloutBufferSamples]:
         """The minibatches of one update, in order: ``n_epochs`` shuffled passes over the rollout."""
+        rollout = self._store_rollout() if self.recompute_advantages else None
         draw = self.rollout_buffer.get
         # A class of the user's may do as it likes in `get`
-        if type(self.rollout_buffer) in (RolloutBuffer, DictRolloutBuffer):
+        if rollout is None and type(self.rollout_buffer) in (RolloutBuffer, DictRolloutBuffer):
             draw = partial(shuffled_minibatches, [rollout_tensors(self.rollout_buffer)])  # type: ignore[assignment]
-        rollout = self._store_rollout() if self.recompute_advantages else None
         for epoch in range(self.n_epochs):
             self._n_updates += 1
-            if epoch > 0 and rollout is not None:
-                self._update_advantages(rollout)
+            if rollout is not None:
+                if epoch > 0:
+                    self._update_advantages(rollout)
                 draw = partial(shuffled_minibatches, [rollout.training_tensors()])  # type: ignore[assignment]
             yield from draw(self.batch_size)
 

@@ -28,7 +28,8 @@ class R2VPOOff(R2VPO):
     update draws its minibatches uniformly from all of them. The constraint on the ratio variance is what bounds the distance
     to the older policies: there is no importance-weight truncation, no V-trace, no Retrace.
 
-    With ``replay_capacity=1`` and ``utd_ratio=1`` it trains exactly as :class:`R2VPO`, whose other arguments it shares.
+    With ``replay_capacity=1`` and ``utd_ratio=1`` it trains exactly as :class:`R2VPO` without
+    ``recompute_advantages``; it shares that class's other arguments.
 
     :param policy: see :class:`R2VPO`, as all that is not listed here
     :param env: see :class:`R2VPO`
