@@ -147,6 +147,12 @@ def test_report_writes_tables_and_figures(tmp_path, monkeypatch):
     (tmp_path / "results" / "finals.csv").write_text(
         "task,method,finalist,mean_return\nwalker-run,r2vpo,best,80\ncheetah-run,r2vpo,best,600\nwalker-run,ppo,best,82\n"
     )
+    (tmp_path / "results" / "coefficients.csv").write_text(
+        "seed,task,method,coefficient,mean_return\n0,walker-run,spo,0.1,50\n0,cheetah-run,spo,0.1,500\n0,cheetah-run,spo,0.2,400\n"
+    )
+    (tmp_path / "results" / "cost.csv").write_text(
+        "arm,wall_us_a_step,cpu_us_a_step,over_sb3_ppo_wall,over_sb3_ppo_cpu\nPPO,200.4,100,1,1\nR2VPO,100,90,0.5,0.9\n"
+    )
     for task in experiment.TASKS:
         runs = [("ppo", 0, 0.5), ("ppo", 1, 0.5), ("r2vpo", 0, 0.75), ("r2vpo", 1, 0.75), ("spo", 0, 0.9)]
         # Apart enough for intervals to depend on the bootstrap's draws
@@ -163,5 +169,21 @@ def test_report_writes_tables_and_figures(tmp_path, monkeypatch):
     # One seed has no interval
     assert "| SPO | 1 |" not in text
     assert text.count("| PPO | best | 82 |  |  |\n| R2VPO | best | 80 | 600 | 340 |") == 1
+    assert text.count("| SPO | 0.1 | 50 | 500 | 275 |\n| SPO | 0.2 |  | 400 |  |") == 1
+    assert text.count("| PPO | 200 | 100 | 1.00 | 1.00 |\n| R2VPO | 100 | 90 | 0.50 | 0.90 |") == 1
     assert text.count("| cheetah-run | 500 ± 0 | **750 ± 0** |") == 1
     assert {path.name for path in (tmp_path / "figures").iterdir()} == {"tasks.png", "aggregates.png"}
+
+
+def test_hard_tasks_are_reported_apart():
+    rows = [row for seed in range(2) for row in rows_of("r2vpo", "dog-run", seed, 0.1)]
+    rows[-1]["mean_return"] = 50.0
+    assert report.hard_table(rows)[1:] == [["dog-run", "R2VPO", "100, 95", "100, 50"]]
+
+
+def test_every_value_of_a_coefficient_takes_the_place_of_the_methods_own():
+    for name, values in benchmark.COEFFICIENTS.items():
+        method = experiment.METHODS[name]
+        for settings in values.values():
+            assert settings.keys() <= method.own.keys()
+        assert any(settings.items() <= method.own.items() for settings in values.values())

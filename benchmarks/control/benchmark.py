@@ -2,6 +2,7 @@
 
     python benchmarks/control/benchmark.py study              an Optuna study of each main method, on three tasks
     python benchmarks/control/benchmark.py final              settings of each on five tasks, whole runs
+    python benchmarks/control/benchmark.py coefficients       the other methods' own coefficient, on the studies' tasks
     python benchmarks/control/benchmark.py run                all runs that are not in results/evaluations.csv yet
     python benchmarks/control/benchmark.py status             what is done and what is missing
     python benchmarks/control/report.py                       tables and figures
@@ -36,6 +37,7 @@ from tqdm import tqdm
 
 RESULTS = Path(__file__).parent / "results"
 EVALUATIONS, STUDIES, FINALS = RESULTS / "evaluations.csv", RESULTS / "studies.log", RESULTS / "finals.csv"
+COEFFICIENT_RUNS = RESULTS / "coefficients.csv"
 MAIN_METHODS = ("ppo", "r2vpo", "r2vpo_off")
 N_SEEDS = {method: 5 if method in MAIN_METHODS else 3 for method in METHODS}
 N_TIMESTEPS = 1_000_000
@@ -325,6 +327,42 @@ def final(args: argparse.Namespace) -> None:
     execute_all(planned, finished(FINALS, Final), execute_final, FINALS, args.workers)
 
 
+#: What methods without a study are tuned over, all else as PPO has it
+COEFFICIENTS: dict[str, dict[float, Settings]] = {
+    "r2vpo_fixed": {value: {"var_coef": value} for value in (0.3, 1.0, 3.0)},
+    "spo": {value: {"objective_kwargs": {"clip_range": value}} for value in (0.1, 0.2, 0.4)},
+    "exact_kl": {value: {"objective_kwargs": {"kl_coef": value}} for value in (0.3, 1.0, 3.0)},
+    "trpo": {value: {"target_kl": value} for value in (0.003, 0.01, 0.03)},
+}
+
+
+class Coefficient(NamedTuple):
+    """One run with a value of a method's own coefficient; the seed first, as in :class:`Run`."""
+
+    seed: int
+    task: str
+    method: str
+    coefficient: float
+
+
+def execute_coefficient(run: Coefficient) -> list[Row]:
+    method = METHODS[run.method]
+    settings = {**method.settings(run.task), **COEFFICIENTS[run.method][run.coefficient]}
+    rows = train(method.algorithm, settings, run.task, run.seed, STUDY_TIMESTEPS)
+    return [{**run._asdict(), **rows[-1], "mean_return": last_quarter(rows)}]
+
+
+def coefficients(args: argparse.Namespace) -> None:
+    """Runs of the studies' length and tasks for each value."""
+    planned = [
+        Coefficient(STUDY_SEED, task, method, value)
+        for method in args.methods
+        for task in STUDY_TASKS
+        for value in COEFFICIENTS[method]
+    ]
+    execute_all(planned, finished(COEFFICIENT_RUNS, Coefficient), execute_coefficient, COEFFICIENT_RUNS, args.workers)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -345,7 +383,10 @@ def main() -> None:
     finalist.set_defaults(command=final)
     finalist.add_argument("--methods", nargs="+", choices=FINALISTS, default=list(FINALISTS))
     finalist.add_argument("--seeds", type=int, default=1)
-    for subparser in (runner, tuner, finalist):
+    coefficient = commands.add_parser("coefficients")
+    coefficient.set_defaults(command=coefficients)
+    coefficient.add_argument("--methods", nargs="+", choices=COEFFICIENTS, default=list(COEFFICIENTS))
+    for subparser in (runner, tuner, finalist, coefficient):
         subparser.add_argument(
             "--workers", type=int, default=os.cpu_count(), help="processes of one thread each (default: one a core)"
         )

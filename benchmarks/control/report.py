@@ -8,11 +8,13 @@ Control Suite can give.
 
 import csv
 from collections import defaultdict
+from itertools import product
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from experiment import METHODS, N_EVALUATIONS, TASKS
+from experiment import HARD_TASKS, METHODS, N_EVALUATIONS, TASKS
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from rliable import library, metrics
@@ -108,15 +110,40 @@ def task_table(scores: Scores) -> list[list[str]]:
     return table
 
 
-def finals_table() -> list[list[str]]:
-    """The final round of tuning: the score of each method's finalists, and their mean over tasks."""
-    finals = pd.read_csv(HERE / "results" / "finals.csv")
-    scores = finals.pivot_table(index=["method", "finalist"], columns="task", values="mean_return", sort=False)
-    table = [["method", "finalist", *map(str, scores.columns), "mean"]]
-    for (method, finalist), row in scores.iterrows():
+def tuning_table(file: str, setting: str) -> list[list[str]]:
+    """A round of tuning: the score of each method's settings on each task, and their mean where none is missing."""
+    runs = pd.read_csv(HERE / "results" / file)
+    scores = runs.pivot_table(index=["method", setting], columns="task", values="mean_return", sort=False)
+    table = [["method", setting, *map(str, scores.columns), "mean"]]
+    for (method, value), row in scores.iterrows():
         mean = f"{row.mean():.0f}" if row.notna().all() else ""
-        table.append([LABELS[method], finalist, *("" if np.isnan(score) else f"{score:.0f}" for score in row), mean])
+        table.append([LABELS[method], str(value), *("" if np.isnan(score) else f"{score:.0f}" for score in row), mean])
     return [table[0], *sorted(table[1:])]
+
+
+def hard_table(rows: list[dict[str, str]]) -> list[list[str]]:
+    """The tasks beyond the ten: all of the seeds' best and last evaluations."""
+    table = [["task", "method", "best", "last"]]
+    for task, method in product(HARD_TASKS, METHODS):
+        curves: dict[str, list[float]] = defaultdict(list)
+        for row in rows:
+            if (row["task"], row["method"]) == (task, method):
+                curves[row["seed"]].append(float(row["mean_return"]))
+        if curves:
+            best, last = (", ".join(f"{pick(curve):.0f}" for curve in curves.values()) for pick in (max, itemgetter(-1)))
+            table.append([task, LABELS[method], best, last])
+    return table
+
+
+def cost_table() -> list[list[str]]:
+    cost = pd.read_csv(HERE / "results" / "cost.csv")
+    header = ["arm", "microseconds a step, wall", "CPU", "over SB3's PPO, wall", "CPU"]
+    rows = [
+        [row.arm, f"{row.wall_us_a_step:.0f}", f"{row.cpu_us_a_step:.0f}"]
+        + [f"{ratio:.2f}" for ratio in (row.over_sb3_ppo_wall, row.over_sb3_ppo_cpu)]
+        for row in cost.itertuples()
+    ]
+    return [header, *rows]
 
 
 def draw_tasks(scores: Scores) -> None:
@@ -184,7 +211,16 @@ def main() -> None:
     scores = complete_scores(rows)
     last = {(row["method"], row["task"], row["seed"]): float(row["cpu_seconds"]) for row in rows}
     cpu_seconds = {method: float(np.mean([s for key, s in last.items() if key[0] == method])) for method in scores}
-    write_readme({"finals": finals_table(), "summary": summary_table(scores, cpu_seconds), "tasks": task_table(scores)})
+    write_readme(
+        {
+            "finals": tuning_table("finals.csv", "finalist"),
+            "coefficients": tuning_table("coefficients.csv", "coefficient"),
+            "summary": summary_table(scores, cpu_seconds),
+            "tasks": task_table(scores),
+            "hard tasks": hard_table(rows),
+            "cost": cost_table(),
+        }
+    )
     draw_tasks(scores)
     draw_aggregates(scores)
 
