@@ -308,11 +308,16 @@ class Final(NamedTuple):
     finalist: str
 
 
+def tuning_rows(run: "Final | Coefficient", settings: Settings, n_timesteps: int) -> list[Row]:
+    """Train with settings in place of the method's own, and score the run by the last quarter of its evaluations."""
+    method = METHODS[run.method]
+    arguments = in_our_loop(method.algorithm, {**method.settings(run.task), **settings})
+    rows = train(*arguments, run.task, run.seed, n_timesteps)
+    return [{**run._asdict(), **rows[-1], "mean_return": last_quarter(rows)}]
+
+
 def execute_final(final: Final) -> list[Row]:
-    method = METHODS[final.method]
-    settings = {**method.settings(final.task), **FINALISTS[final.method][final.finalist], **COMPILED}
-    rows = train(*in_our_loop(method.algorithm, settings), final.task, final.seed, N_TIMESTEPS)
-    return [{**final._asdict(), **rows[-1], "mean_return": last_quarter(rows)}]
+    return tuning_rows(final, {**FINALISTS[final.method][final.finalist], **COMPILED}, N_TIMESTEPS)
 
 
 def final(args: argparse.Namespace) -> None:
@@ -346,10 +351,7 @@ class Coefficient(NamedTuple):
 
 
 def execute_coefficient(run: Coefficient) -> list[Row]:
-    method = METHODS[run.method]
-    settings = {**method.settings(run.task), **COEFFICIENTS[run.method][run.coefficient]}
-    rows = train(method.algorithm, settings, run.task, run.seed, STUDY_TIMESTEPS)
-    return [{**run._asdict(), **rows[-1], "mean_return": last_quarter(rows)}]
+    return tuning_rows(run, COEFFICIENTS[run.method][run.coefficient], STUDY_TIMESTEPS)
 
 
 def coefficients(args: argparse.Namespace) -> None:
