@@ -142,7 +142,8 @@ def test_report_on_rows_made_by_hand(monkeypatch):
 def test_report_writes_tables_and_figures(tmp_path, monkeypatch):
     monkeypatch.setattr(report, "HERE", tmp_path)
     monkeypatch.setattr(report, "N_BOOTSTRAPS", 20)
-    (tmp_path / "README.md").write_text((FOLDER / "README.md").read_text())
+    for name in ("README.md", "TUNING.md"):
+        (tmp_path / name).write_text((FOLDER / name).read_text())
     (tmp_path / "results").mkdir()
     (tmp_path / "results" / "finals.csv").write_text(
         "task,method,finalist,mean_return\nwalker-run,r2vpo,best,80\ncheetah-run,r2vpo,best,600\nwalker-run,ppo,best,82\n"
@@ -162,7 +163,7 @@ def test_report_writes_tables_and_figures(tmp_path, monkeypatch):
     texts = []
     for _ in range(2):  # the second time in place of the first, and to the last digit
         report.main()
-        texts.append((tmp_path / "README.md").read_text())
+        texts.append("".join((tmp_path / name).read_text() for name in ("README.md", "TUNING.md")))
     text = texts[0]
     assert texts[1] == text
     assert text.count("| R2VPO | 2 | 0.750 (0.750 to 0.750) | 1.50 |") == 1

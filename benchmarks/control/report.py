@@ -2,11 +2,12 @@
 
     python benchmarks/control/report.py
 
-Rewrites the tables in README.md beside this file, and figures/. Scores are returns divided by 1000, the most a task of the
-Control Suite can give.
+Rewrites the tables in README.md and TUNING.md beside this file, and figures/. Scores are returns divided by 1000, the most
+a task of the Control Suite can give.
 """
 
 import csv
+import sys
 from collections import defaultdict
 from itertools import product
 from operator import itemgetter
@@ -20,6 +21,9 @@ from matplotlib.axes import Axes
 from rliable import library, metrics
 
 HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent))
+from readme_tables import write_tables  # noqa: E402
+
 N_BOOTSTRAPS = 2_000
 MAX_RETURN = 1000.0
 LABELS = {
@@ -194,32 +198,26 @@ def save(figure: plt.Figure, name: str) -> None:
     plt.close(figure)
 
 
-def write_readme(tables: dict[str, list[list[str]]]) -> None:
-    """Put the tables between their markers in README.md."""
-    path = HERE / "README.md"
-    text = path.read_text()
-    for name, (header, *lines) in tables.items():
-        start, end = f"<!-- {name} -->\n", f"\n<!-- /{name} -->"
-        before, rest = text.split(start)
-        rows = [header, ["---"] * len(header), *lines]
-        text = before + start + "\n".join(f"| {' | '.join(row)} |" for row in rows) + end + rest.split(end)[1]
-    path.write_text(text)
-
-
 def main() -> None:
     rows = read_evaluations()
     scores = complete_scores(rows)
     last = {(row["method"], row["task"], row["seed"]): float(row["cpu_seconds"]) for row in rows}
     cpu_seconds = {method: float(np.mean([s for key, s in last.items() if key[0] == method])) for method in scores}
-    write_readme(
+    write_tables(
+        HERE / "TUNING.md",
         {
             "finals": tuning_table("finals.csv", "finalist"),
             "coefficients": tuning_table("coefficients.csv", "coefficient"),
+        },
+    )
+    write_tables(
+        HERE / "README.md",
+        {
             "summary": summary_table(scores, cpu_seconds),
             "tasks": task_table(scores),
             "hard tasks": hard_table(rows),
             "cost": cost_table(),
-        }
+        },
     )
     draw_tasks(scores)
     draw_aggregates(scores)

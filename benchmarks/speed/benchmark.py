@@ -32,6 +32,9 @@ import numpy as np
 from gymnasium import spaces
 
 HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent))
+from readme_tables import write_tables  # noqa: E402
+
 #: Observations and actions of the cheetah, as the update does not care where its data come from.
 VECTOR, IMAGE = spaces.Box(-1, 1, (17,), np.float32), spaces.Box(0, 255, (4, 84, 84), np.uint8)
 TASK = "dm_control/cheetah-run-v0"
@@ -357,18 +360,10 @@ TABLES: dict[str, Callable[..., list[dict[str, Any]]]] = {
 }
 
 
-def write_readme() -> None:
-    """Put the tables of the CSV files between the markers in README.md."""
-    text = (HERE / "README.md").read_text()
-    for name in TABLES:
-        path = HERE / "results" / f"{name}.csv"
-        if path.exists():
-            header, *lines = list(csv.reader(path.open()))
-            table = [" | ".join(line) for line in [header, ["---"] * len(header), *lines]]
-            start, end = f"<!-- {name} -->\n", f"\n<!-- /{name} -->"
-            before, rest = text.split(start)
-            text = before + start + "\n".join(f"| {line} |" for line in table) + end + rest.split(end)[1]
-    (HERE / "README.md").write_text(text)
+def read_tables() -> dict[str, list[list[str]]]:
+    """The tables that have been measured."""
+    paths = {name: HERE / "results" / f"{name}.csv" for name in TABLES}
+    return {name: list(csv.reader(path.open())) for name, path in paths.items() if path.exists()}
 
 
 def main() -> None:
@@ -401,7 +396,7 @@ def main() -> None:
             writer = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")
             writer.writeheader()
             writer.writerows(rows)
-    write_readme()
+    write_tables(HERE / "README.md", read_tables())
 
 
 if __name__ == "__main__":
