@@ -29,7 +29,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 import optuna
 import pandas as pd
-from experiment import COMPILED, HARD_TASKS, METHODS, TASKS, Row, Settings, in_our_loop, last_quarter, train
+from experiment import COMPILED, HARD_TASKS, MAIN_METHODS, METHODS, TASKS, Row, Settings, in_our_loop, last_quarter, train
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
@@ -38,7 +38,6 @@ from tqdm import tqdm
 RESULTS = Path(__file__).parent / "results"
 EVALUATIONS, STUDIES, FINALS = RESULTS / "evaluations.csv", RESULTS / "studies.log", RESULTS / "finals.csv"
 COEFFICIENT_RUNS = RESULTS / "coefficients.csv"
-MAIN_METHODS = ("ppo", "r2vpo", "r2vpo_off")
 N_SEEDS = {method: 5 if method in MAIN_METHODS else 3 for method in METHODS}
 N_TIMESTEPS = 1_000_000
 

@@ -82,6 +82,8 @@ METHODS: dict[str, Method] = {
     "exact_kl": Method(R2VPO, own={"objective": "exact_kl", "objective_kwargs": {"kl_coef": 1.0}, **COMPILED}),
     "trpo": Method(TRPO, without=("clip_range", "n_epochs", "ent_coef"), own={"target_kl": 0.01}),
 }
+#: Those with a study each, and five seeds
+MAIN_METHODS = ("ppo", "r2vpo", "r2vpo_off")
 
 
 def in_our_loop(algorithm: type[OnPolicyAlgorithm], settings: Settings) -> tuple[type[OnPolicyAlgorithm], Settings]:

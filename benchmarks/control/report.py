@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from experiment import HARD_TASKS, METHODS, N_EVALUATIONS, TASKS
+from experiment import HARD_TASKS, MAIN_METHODS, METHODS, N_EVALUATIONS, TASKS
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from rliable import library, metrics
@@ -26,6 +26,8 @@ from readme_tables import write_tables  # noqa: E402
 
 N_BOOTSTRAPS = 2_000
 MAX_RETURN = 1000.0
+#: Of each evaluation, in millions
+STEPS = np.arange(1, N_EVALUATIONS + 1) / N_EVALUATIONS
 LABELS = {
     "ppo": "PPO",
     "r2vpo": "R2VPO",
@@ -155,7 +157,7 @@ def draw_tasks(scores: Scores) -> None:
     for i, (ax, task) in enumerate(zip(axes.flat, TASKS, strict=True)):
         for method, curves in scores.items():
             mean, std = MAX_RETURN * curves[:, i].mean(axis=0), MAX_RETURN * curves[:, i].std(axis=0)
-            draw_curve(ax, method, mean, mean - std, mean + std)
+            draw_curve(ax, method, STEPS, mean, mean - std, mean + std)
         ax.set_title(task)
     axes[0, 0].legend()
     figure.supxlabel("million steps")
@@ -168,7 +170,7 @@ def draw_aggregates(scores: Scores) -> None:
     for method, curves in scores.items():
         points = {str(i): curves[..., i] for i in range(curves.shape[-1])}
         bands = np.array(list(interval(points, metrics.aggregate_iqm).values())).T
-        draw_curve(curve_ax, method, *bands)
+        draw_curve(curve_ax, method, STEPS, *bands)
     curve_ax.set(xlabel="million steps", ylabel="IQM of scores, 95% interval", title="Sample efficiency")
     curve_ax.legend()
     thresholds = np.linspace(0.0, 1.0, 101)
@@ -176,18 +178,17 @@ def draw_aggregates(scores: Scores) -> None:
     np.random.seed(0)
     profiles, bands = library.create_performance_profile(final, thresholds, reps=N_BOOTSTRAPS)
     for method, profile in profiles.items():
-        (line,) = profile_ax.plot(thresholds, profile, label=LABELS[method])
-        profile_ax.fill_between(thresholds, *bands[method], color=line.get_color(), alpha=0.15, linewidth=0)
+        draw_curve(profile_ax, method, thresholds, profile, *bands[method])
     profile_ax.set(xlabel="score", ylabel="part of runs with more than this score", title="Performance profiles")
-    for ax in (curve_ax, profile_ax):
-        ax.grid(alpha=0.3)
     save(figure, "aggregates")
 
 
-def draw_curve(ax: Axes, method: str, middle: np.ndarray, low: np.ndarray, high: np.ndarray) -> None:
-    steps = np.arange(1, len(middle) + 1) / len(middle)
-    (line,) = ax.plot(steps, middle, label=LABELS[method])
-    ax.fill_between(steps, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
+def draw_curve(ax: Axes, method: str, x: np.ndarray, middle: np.ndarray, low: np.ndarray, high: np.ndarray) -> None:
+    """The main methods with their band, the others as thin lines: seven bands could not be told apart."""
+    main = method in MAIN_METHODS
+    (line,) = ax.plot(x, middle, label=LABELS[method], linestyle="-" if main else "--", linewidth=1.8 if main else 1.0)
+    if main:
+        ax.fill_between(x, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
     ax.grid(alpha=0.3)
 
 
