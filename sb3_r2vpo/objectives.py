@@ -91,6 +91,26 @@ def r2vpo(log_ratio: th.Tensor, advantages: th.Tensor, *, var_coef: float | th.T
     return loss, deviation.detach()
 
 
+def entropy_compensation(ratio_variance: th.Tensor, n_actions: int, *, var_coef: float | th.Tensor) -> th.Tensor:
+    """
+    The entropy coefficient that cancels the pull of :func:`r2vpo`'s penalty on the entropy of a Gaussian policy.
+
+    The ratio variance is not even-handed about the spread. A Gaussian that moves its means by ``d`` standard deviations and
+    scales all of these by ``s`` has ``E[rho^2] = (s^2 (2 - s^2))^(-n/2) exp(d^2 / (2 - s^2))``, which is least below
+    ``s = 1``: its slope there is ``2 d^2 E[rho^2]``, about ``2 V``. So wherever the policy moves, the penalty narrows it, by a
+    gradient of ``2 lambda V`` on the logarithm of its ``n`` standard deviations, although nothing speaks for less
+    exploration. (KL(pi || pi_b) has no such pull, and KL(pi_b || pi) one that widens.) The entropy's gradient is ``n``: with
+    the coefficient ``2 lambda V / n`` the two cancel.
+
+    :param ratio_variance: ``V``, the minibatch's mean of ``(rho - 1)^2``. It counts for at most 1: more is outliers, not a
+        step.
+    :param n_actions: ``n``, number of the policy's action dimensions.
+    :param var_coef: ``lambda``.
+    :return: The coefficient, a scalar, to be added to the entropy bonus's own.
+    """
+    return 2 * var_coef * ratio_variance.clamp(max=1.0) / n_actions
+
+
 def r2vpo_sequence(
     log_ratio: th.Tensor,
     advantages: th.Tensor,

@@ -10,6 +10,7 @@ from sb3_r2vpo.objectives import (
     OBJECTIVES,
     clip_higher,
     constant_length_mean,
+    entropy_compensation,
     exact_kl,
     gppo,
     importance_ratio,
@@ -260,3 +261,30 @@ def test_masked_tokens_have_no_gradient():
     expected[0] = 1 / 8
     expected[1, 0] = 1 / 2
     th.testing.assert_close(gradient, expected)
+
+
+def gaussian_ratio_variance(log_scale: th.Tensor, distances: th.Tensor) -> th.Tensor:
+    """E[(rho - 1)^2] of a Gaussian whose means move by so many standard deviations, all of these being scaled alike"""
+    squared_scale = th.exp(2 * log_scale)
+    log_second_moment = (distances.square() / (2 - squared_scale) - 0.5 * th.log(squared_scale * (2 - squared_scale))).sum()
+    return th.expm1(log_second_moment)
+
+
+@pytest.mark.parametrize("distances", [[0.01], [0.1], [0.02, -0.03, 0.0], [0.05] * 21])
+def test_entropy_compensation_cancels_the_pull_of_the_penalty(distances):
+    distances = th.tensor(distances, dtype=th.float64)
+    log_scale = th.zeros((), dtype=th.float64, requires_grad=True)
+    variance = gaussian_ratio_variance(log_scale, distances)
+    pull = th.autograd.grad(0.7 * variance, log_scale)[0]
+    # It narrows the policy: descending the penalty makes the standard deviations smaller
+    assert pull > 0
+    # The entropy is the sum of the logarithms of the n standard deviations
+    coefficient = entropy_compensation(variance.detach(), len(distances), var_coef=0.7)
+    th.testing.assert_close(coefficient * len(distances), pull, rtol=0.6 * variance.item(), atol=0)
+
+
+def test_entropy_compensation_by_hand():
+    th.testing.assert_close(entropy_compensation(th.tensor(0.02), 4, var_coef=0.5), th.tensor(0.005))
+    th.testing.assert_close(entropy_compensation(th.tensor(0.0), 4, var_coef=0.5), th.tensor(0.0))
+    # A few outliers make a variance of any size
+    th.testing.assert_close(entropy_compensation(th.tensor(1e6), 2, var_coef=th.tensor(0.5)), th.tensor(0.5))

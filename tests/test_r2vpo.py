@@ -14,6 +14,7 @@ from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.logger import configure
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.save_util import load_from_zip_file, save_to_pkl
+from stable_baselines3.common.type_aliases import RolloutBufferSamples
 from stable_baselines3.common.utils import LinearSchedule
 from stable_baselines3.common.vec_env import DummyVecEnv
 
@@ -59,6 +60,42 @@ def test_off_with_capacity_1_and_utd_1_is_on_bit_for_bit(env_id):
     off = R2VPOOff("MlpPolicy", env_id, replay_capacity=1, utd_ratio=1, **settings).learn(4 * 128)
     assert th.equal(weights(on), weights(off))
     assert on.dual.value.item() == off.dual.value.item()
+
+
+# --- the entropy of a Gaussian policy ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("compensate_entropy", [False, True])
+def test_constraint_has_no_pull_on_the_standard_deviations_when_it_is_compensated(compensate_entropy):
+    model = R2VPO("MlpPolicy", RandomEnv(VECTOR, spaces.Box(-1, 1, (2,))), compensate_entropy=compensate_entropy, **SMALL)
+    n_samples, distance, var_coef = 400_000, 0.1, 2.0
+    observations = th.randn(n_samples, 3)
+    with th.no_grad():
+        actions, _, log_prob = model.policy(observations)
+        # Standard deviations are one
+        model.policy.action_net.bias += distance
+    nothing = th.zeros(n_samples)
+    rollout_data = RolloutBufferSamples(observations, actions, nothing, log_prob, nothing, nothing)
+    loss, parts = model._loss(rollout_data, {"var_coef": th.tensor(var_coef)}, None)
+    (gradient,) = th.autograd.grad(loss, model.policy.log_std)
+    variance = math.expm1(2 * distance**2)
+    assert parts["ratio_variance"].item() == pytest.approx(variance, rel=0.02)
+    pull = 2 * var_coef * distance**2 * (1 + variance)
+    expected = 0.0 if compensate_entropy else pull
+    np.testing.assert_allclose(gradient.numpy(), expected, atol=0.1 * pull)
+    assert ("ent_coef" in parts) == compensate_entropy
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_entropy_is_compensated_for_continuous_actions_only(algorithm):
+    def trained(env_id, **kwargs):
+        return weights(algorithm("MlpPolicy", env_id, **{**SMALL, **kwargs}).learn(96))
+
+    assert not th.equal(trained("Pendulum-v1"), trained("Pendulum-v1", compensate_entropy=False))
+    assert th.equal(trained("CartPole-v1"), trained("CartPole-v1", compensate_entropy=False))
+    # A baseline stays what its authors made it
+    baseline = {"objective": "spo"}
+    assert th.equal(trained("Pendulum-v1", **baseline), trained("Pendulum-v1", **baseline, compensate_entropy=False))
 
 
 # --- all that PPO runs on ----------------------------------------------------------------------------------------------

@@ -414,12 +414,13 @@ def test_compiled_needs_adam():
         R2VPO("MlpPolicy", "CartPole-v1", compile=True, policy_kwargs={"optimizer_class": th.optim.SGD}, **SMALL)
 
 
-def test_missing_compiler(monkeypatch):
-    monkeypatch.setattr("torch._inductor.config.cpp.cxx", (None, "/no/such/compiler"))
+def test_missing_compiler():
     th.compiler.reset()
     # A size of network that no other test has, as compiled code may be found in a cache
     model = R2VPO("MlpPolicy", "CartPole-v1", compile=True, policy_kwargs={"net_arch": [13]}, **SMALL)
-    with pytest.raises(RuntimeError, match="needs a working C\\+\\+ compiler"):
+    # By PyTorch's own means: to undo what pytest's has set would leave the option deleted
+    no_compiler = th._inductor.config.patch({"cpp.cxx": (None, "/no/such/compiler")})
+    with no_compiler, pytest.raises(RuntimeError, match="needs a working C\\+\\+ compiler"):
         model.learn(32)
 
 

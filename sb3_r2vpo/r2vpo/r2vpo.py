@@ -17,6 +17,7 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.buffers import DictRolloutBuffer, RolloutBuffer
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
+from stable_baselines3.common.preprocessing import get_action_dim
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, RolloutBufferSamples, Schedule
 from stable_baselines3.common.utils import FloatSchedule, explained_variance, obs_as_tensor
 from torch.nn import functional as F
@@ -24,7 +25,7 @@ from torch.nn import functional as F
 from sb3_r2vpo.compilation import compiled
 from sb3_r2vpo.dual import DualVariable, default_target_variance
 from sb3_r2vpo.minibatches import rollout_tensors, shuffled_minibatches
-from sb3_r2vpo.objectives import OBJECTIVES, check_objective, mean
+from sb3_r2vpo.objectives import OBJECTIVES, check_objective, entropy_compensation, mean
 from sb3_r2vpo.optim import (
     FlatAdam,
     FlatState,
@@ -78,6 +79,10 @@ class R2VPO(OnPolicyAlgorithm):
         the multiplier to hardly move within one update, whose first minibatches have ratios near one and whose last have not.
     :param min_var_coef: What an adaptive multiplier never falls below; zero, the default, is Eq. 10. Above zero, the tolerance
         is what the ratio variance may not exceed, no longer what it is driven to: see the README, and ``hyperparams/``.
+    :param compensate_entropy: Whether to cancel the constraint's pull on the entropy of a Gaussian policy by an entropy bonus
+        of ``2 * lambda * V / n_actions``, ``V`` the ratio variance of the minibatch, see
+        :func:`~sb3_r2vpo.objectives.entropy_compensation`. Without, standard deviations fall that nothing else pulls down, and
+        exploration with them. Only ``objective="r2vpo"`` with continuous actions has it; ``ent_coef`` comes on top.
     :param recompute_advantages: Whether to recompute values, advantages and returns with the current critic before each epoch
         but the first (https://arxiv.org/abs/2006.05990, section 3.5). Behaviour log-probabilities are never touched. SB3's PPO
         does not, and neither does this by default; the settings for DM Control in ``hyperparams/`` do.
@@ -147,6 +152,7 @@ class R2VPO(OnPolicyAlgorithm):
         target_variance: float | Schedule | str = "auto",
         dual_learning_rate: float = 0.02,
         min_var_coef: float = 0.0,
+        compensate_entropy: bool = True,
         recompute_advantages: bool = False,
         objective: str = "r2vpo",
         objective_kwargs: dict[str, Any] | None = None,
@@ -204,6 +210,7 @@ class R2VPO(OnPolicyAlgorithm):
         self.target_variance: Any = target_variance
         self.dual_learning_rate = dual_learning_rate
         self.min_var_coef = min_var_coef
+        self.compensate_entropy = compensate_entropy
         self.recompute_advantages = recompute_advantages
         self.objective = objective
         self.objective_kwargs = objective_kwargs
@@ -407,8 +414,12 @@ class R2VPO(OnPolicyAlgorithm):
 
         # Entropy favors exploration; -log_prob estimates it where there is no closed form
         entropy_loss = -self._reduce(-log_prob if entropy is None else entropy, rollout_data)
-        if self.ent_coef != 0:
-            loss = loss + self.ent_coef * entropy_loss
+        ratio_variance = drop_padding(deviation, rollout_data).square().mean()
+        ent_coef: float | th.Tensor = self.ent_coef
+        if self._compensates_entropy:
+            ent_coef = ent_coef + entropy_compensation(ratio_variance, get_action_dim(self.action_space), **coefficients)
+        if self._has_entropy_bonus:
+            loss = loss + ent_coef * entropy_loss
 
         if clip_range_vf is not None:
             # Clip the difference between old and new value; NOTE: this depends on the reward scaling
@@ -420,15 +431,25 @@ class R2VPO(OnPolicyAlgorithm):
 
         parts = {
             "log_ratio": drop_padding(log_ratio, rollout_data),
-            "ratio_variance": drop_padding(deviation, rollout_data).square().mean(),
+            "ratio_variance": ratio_variance,
             "policy_gradient_loss": policy_loss,
             "value_loss": value_loss,
             "entropy_loss": entropy_loss,
             "loss": loss,
         }
+        if isinstance(ent_coef, th.Tensor):
+            parts["ent_coef"] = ent_coef
         if self.target_kl is not None:
             parts["approx_kl"] = drop_padding(deviation - log_ratio.detach(), rollout_data).mean()
         return loss, {name: part.detach() for name, part in parts.items()}
+
+    @property
+    def _compensates_entropy(self) -> bool:
+        return self.compensate_entropy and self.objective == "r2vpo" and isinstance(self.action_space, spaces.Box)
+
+    @property
+    def _has_entropy_bonus(self) -> bool:
+        return self.ent_coef != 0 or self._compensates_entropy
 
     def _descend(self, loss: th.Tensor, may_step: th.Tensor | None) -> tuple[th.Tensor | bool, th.Tensor]:
         """One optimizer step on the loss; see :func:`~sb3_r2vpo.optim.descend`."""
@@ -501,7 +522,7 @@ class R2VPO(OnPolicyAlgorithm):
         if self.compile:
             self._flat_adam = flat_state(optimizer, self._parameters)
         elif is_plain_mlp(self.policy):
-            self._plain_mlp = PlainMlp(self.policy, entropy_gradient=self.ent_coef != 0)
+            self._plain_mlp = PlainMlp(self.policy, entropy_gradient=self._has_entropy_bonus)
             for parameter in self._parameters:
                 parameter.grad = th.zeros_like(parameter)
             if isinstance(optimizer, FlatAdam):
