@@ -77,7 +77,8 @@ METHODS: dict[str, Method] = {
     "r2vpo_off": Method(R2VPOOff, "r2vpo_off", without=(), own=COMPILED),
     # What R2VPO's settings have besides its objective
     "ppo_recompute": Method(PPO, without=(), own={"recompute_advantages": True}),
-    "r2vpo_fixed": Method(R2VPO, own={"var_coef": 0.3, **COMPILED}),
+    # As in the paper, but for the coefficient
+    "r2vpo_fixed": Method(R2VPO, own={"var_coef": 0.3, "compensate_entropy": False, **COMPILED}),
     "spo": Method(R2VPO, own={"objective": "spo", "objective_kwargs": {"clip_range": 0.4}, **COMPILED}),
     "exact_kl": Method(R2VPO, own={"objective": "exact_kl", "objective_kwargs": {"kl_coef": 1.0}, **COMPILED}),
     "trpo": Method(TRPO, without=("clip_range", "n_epochs", "ent_coef"), own={"target_kl": 0.01}),
