@@ -28,6 +28,8 @@ from sb3_r2vpo.envs import EnvPoolVecEnv  # noqa: E402
 
 TASK, N_TIMESTEPS = "cartpole-swingup", 1_000_000
 METHOD_NAMES, GAE_LAMBDAS, SEED = ("r2vpo", "r2vpo_off"), (0.95, 0.98), 2
+#: As the runs were that had to be explained
+SETTINGS = {"compensate_entropy": False}
 
 
 class CartPositions(VecEnvWrapper):
@@ -60,7 +62,8 @@ def record() -> None:
     for name in METHOD_NAMES:
         for gae_lambda in GAE_LAMBDAS:
             method = METHODS[name]
-            model = make_model(method.algorithm, {**method.settings(TASK), "gae_lambda": gae_lambda}, TASK, SEED)
+            settings = {**method.settings(TASK), **SETTINGS, "gae_lambda": gae_lambda}
+            model = make_model(method.algorithm, settings, TASK, SEED)
             env = CartPositions(EnvPoolVecEnv(f"dm_control/{TASK}-v0", N_EVAL_EPISODES, seed=10_000 + SEED, num_threads=1))
             places = RestingPlaces(VecNormalize(env, training=False, norm_reward=False), N_TIMESTEPS // N_EVALUATIONS)
             model.learn(N_TIMESTEPS, callback=places, progress_bar=True)
