@@ -160,6 +160,8 @@ def test_report_writes_tables_and_figures(tmp_path, monkeypatch):
         runs += [("r2vpo_off", seed, (len(task) + 7 * seed) % 10 / 10) for seed in range(4)]
         for method, seed, final in runs:
             benchmark.append_rows(tmp_path / "results" / "evaluations.csv", rows_of(method, task, seed, final))
+        for seed in range(2):
+            benchmark.append_rows(tmp_path / "results" / "without_compensation.csv", rows_of("r2vpo_off", task, seed, 0.25))
     texts = []
     for _ in range(2):  # the second time in place of the first, and to the last digit
         report.main()
@@ -173,6 +175,7 @@ def test_report_writes_tables_and_figures(tmp_path, monkeypatch):
     assert text.count("| SPO | 0.1 | 50 | 500 | 275 |\n| SPO | 0.2 |  | 400 |  |") == 1
     assert text.count("| PPO | 200 | 100 | 1.00 | 1.00 |\n| R2VPO | 100 | 90 | 0.50 | 0.90 |") == 1
     assert text.count("| cheetah-run | 500 ± 0 | **750 ± 0** |") == 1
+    assert text.count("| IQM (95% interval) | 0.250 (0.250 to 0.250) |") == 1
     assert {path.name for path in (tmp_path / "figures").iterdir()} == {"tasks.png", "aggregates.png"}
 
 

@@ -32,6 +32,7 @@ LABELS = {
     "ppo": "PPO",
     "r2vpo": "R2VPO",
     "r2vpo_off": "R2VPOOff",
+    "uncompensated": "R2VPOOff, entropy not compensated",
     "r2vpo_fixed": "R2VPO, fixed λ",
     "ppo_recompute": "PPO, advantages recomputed",
     "spo": "SPO",
@@ -43,9 +44,9 @@ LABELS = {
 Scores = dict[str, np.ndarray]
 
 
-def read_evaluations() -> list[dict[str, str]]:
-    with (HERE / "results" / "evaluations.csv").open(newline="") as file:
-        return list(csv.DictReader(file))
+def read_evaluations(file: str = "evaluations.csv") -> list[dict[str, str]]:
+    with (HERE / "results" / file).open(newline="") as rows:
+        return list(csv.DictReader(rows))
 
 
 def complete_scores(rows: list[dict[str, str]]) -> Scores:
@@ -114,6 +115,14 @@ def task_table(scores: Scores) -> list[list[str]]:
             [task, *(f"**{cell}**" if final.mean() == best else cell for cell, final in zip(cells, finals, strict=True))]
         )
     return table
+
+
+def compensation_table(scores: Scores) -> list[list[str]]:
+    """R2VPOOff with the settings that it had before its entropy was compensated, and with those it has."""
+    before = complete_scores(read_evaluations("without_compensation.csv"))
+    both = {"uncompensated": before["r2vpo_off"], "r2vpo_off": scores["r2vpo_off"]}
+    iqm = interval({method: curves[..., -1] for method, curves in both.items()}, metrics.aggregate_iqm)
+    return [*task_table(both), ["IQM (95% interval)", *("{:.3f} ({:.3f} to {:.3f})".format(*iqm[method]) for method in both)]]
 
 
 def tuning_table(file: str, setting: str) -> list[list[str]]:
@@ -217,6 +226,7 @@ def main() -> None:
         {
             "summary": summary_table(scores, cpu_seconds),
             "tasks": task_table(scores),
+            "compensation": compensation_table(scores),
             "hard tasks": hard_table(rows),
             "cost": cost_table(),
         },
