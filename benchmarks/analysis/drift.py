@@ -22,14 +22,21 @@ from stable_baselines3.common.vec_env import VecEnvWrapper, VecNormalize
 HERE = Path(__file__).parent
 DRIFT = HERE / "results" / "drift.csv"
 sys.path.insert(0, str(HERE.parent / "control"))
-from experiment import METHODS, N_EVAL_EPISODES, N_EVALUATIONS, Evaluations, make_model, package_versions, processor  # noqa: E402
+from experiment import (  # noqa: E402
+    METHODS,
+    N_EVAL_EPISODES,
+    N_EVALUATIONS,
+    WITHOUT_COMPENSATION,
+    Evaluations,
+    make_model,
+    package_versions,
+    processor,
+)
 
 from sb3_r2vpo.envs import EnvPoolVecEnv  # noqa: E402
 
 TASK, N_TIMESTEPS = "cartpole-swingup", 1_000_000
 METHOD_NAMES, GAE_LAMBDAS, SEED = ("r2vpo", "r2vpo_off"), (0.95, 0.98), 2
-#: As the runs were that had to be explained
-SETTINGS = {"compensate_entropy": False}
 
 
 class CartPositions(VecEnvWrapper):
@@ -62,7 +69,7 @@ def record() -> None:
     for name in METHOD_NAMES:
         for gae_lambda in GAE_LAMBDAS:
             method = METHODS[name]
-            settings = {**method.settings(TASK), **SETTINGS, "gae_lambda": gae_lambda}
+            settings = {**method.settings(TASK), **WITHOUT_COMPENSATION, "gae_lambda": gae_lambda}
             model = make_model(method.algorithm, settings, TASK, SEED)
             env = CartPositions(EnvPoolVecEnv(f"dm_control/{TASK}-v0", N_EVAL_EPISODES, seed=10_000 + SEED, num_threads=1))
             places = RestingPlaces(VecNormalize(env, training=False, norm_reward=False), N_TIMESTEPS // N_EVALUATIONS)

@@ -21,13 +21,10 @@ from matplotlib import pyplot as plt
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent / "control"))
 from benchmark import execute_all, finished  # noqa: E402
-from experiment import METHODS, last_quarter, train  # noqa: E402
+from experiment import METHODS, WITHOUT_COMPENSATION, last_quarter, train  # noqa: E402
 
 SENSITIVITY = HERE / "results" / "sensitivity.csv"
 TASK, N_TIMESTEPS, SEEDS = "cheetah-run", 300_000, (0, 1)
-
-#: The maps were made before there was a compensation, and cells are added to them
-SETTINGS = {"compensate_entropy": False}
 
 #: For each map: the method, and the values of the coefficient on either axis. With the six actions of cheetah-run, the
 #: automatic tolerance is 0.0245
@@ -62,7 +59,7 @@ def cells() -> Iterator[Cell]:
 def execute(cell: Cell) -> list[dict[str, Any]]:
     name, axes = MAPS[cell.map]
     method = METHODS[name]
-    settings = {**method.settings(TASK), **SETTINGS, **dict(zip(axes, (cell.x, cell.y), strict=True))}
+    settings = {**method.settings(TASK), **WITHOUT_COMPENSATION, **dict(zip(axes, (cell.x, cell.y), strict=True))}
     rows = train(method.algorithm, settings, TASK, cell.seed, N_TIMESTEPS)
     constants = {name: rows[-1][name] for name in ("std", "var_coef", "ratio_variance", "settings", "versions", "processor")}
     return [{**cell._asdict(), "mean_return": last_quarter(rows), **constants}]

@@ -83,6 +83,8 @@ METHODS: dict[str, Method] = {
     "exact_kl": Method(R2VPO, own={"objective": "exact_kl", "objective_kwargs": {"kl_coef": 1.0}, **COMPILED}),
     "trpo": Method(TRPO, without=("clip_range", "n_epochs", "ent_coef"), own={"target_kl": 0.01}),
 }
+#: What R2VPO and R2VPOOff had before there was a compensation, and the analyses' runs have
+WITHOUT_COMPENSATION: Settings = {"compensate_entropy": False, "ent_coef": 0.01}
 #: Those with a study each, and five seeds
 MAIN_METHODS = ("ppo", "r2vpo", "r2vpo_off")
 
