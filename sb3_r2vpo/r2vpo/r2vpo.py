@@ -17,7 +17,6 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.buffers import DictRolloutBuffer, RolloutBuffer
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
-from stable_baselines3.common.preprocessing import get_action_dim
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, RolloutBufferSamples, Schedule
 from stable_baselines3.common.utils import FloatSchedule, explained_variance, obs_as_tensor
 from torch.nn import functional as F
@@ -417,7 +416,8 @@ class R2VPO(OnPolicyAlgorithm):
         ratio_variance = drop_padding(deviation, rollout_data).square().mean()
         ent_coef: float | th.Tensor = self.ent_coef
         if self._compensates_entropy:
-            ent_coef = ent_coef + entropy_compensation(ratio_variance, get_action_dim(self.action_space), **coefficients)
+            n_actions = rollout_data.actions.shape[-1]
+            ent_coef = ent_coef + entropy_compensation(ratio_variance, n_actions, **coefficients)
         if self._has_entropy_bonus:
             loss = loss + ent_coef * entropy_loss
 
