@@ -35,6 +35,7 @@ LABELS = {
     "uncompensated": "R2VPOOff, entropy not compensated",
     "r2vpo_fixed": "R2VPO, fixed λ",
     "ppo_recompute": "PPO, advantages recomputed",
+    "ppo_entropy": "PPO, twice the entropy bonus",
     "spo": "SPO",
     "exact_kl": "exact KL",
     "trpo": "TRPO",
