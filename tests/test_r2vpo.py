@@ -76,7 +76,7 @@ def test_constraint_has_no_pull_on_the_standard_deviations_when_it_is_compensate
         model.policy.action_net.bias += distance
     nothing = th.zeros(n_samples)
     rollout_data = RolloutBufferSamples(observations, actions, nothing, log_prob, nothing, nothing)
-    loss, parts = model._loss(rollout_data, {"var_coef": th.tensor(var_coef)}, None)
+    loss, parts = model._loss(rollout_data, {"var_coef": th.tensor(var_coef)}, th.tensor(0.0), None)
     (gradient,) = th.autograd.grad(loss, model.policy.log_std)
     variance = math.expm1(2 * distance**2)
     assert parts["ratio_variance"].item() == pytest.approx(variance, rel=0.02)
@@ -227,6 +227,20 @@ def test_schedules():
     model._setup_model()
     model._setup_model()
     assert model.target_variance(0.5) == 0.01
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_entropy_coefficient_follows_a_schedule(algorithm):
+    def trained(ent_coef):
+        return algorithm("MlpPolicy", "Pendulum-v1", ent_coef=ent_coef, compensate_entropy=False, **SMALL).learn(64)
+
+    falling = trained(LinearSchedule(start=0.1, end=0.0, end_fraction=1.0))
+    # Two iterations: the second is at progress 0
+    assert logged(falling)["train/ent_coef"] == 0.0
+    constant = trained(lambda _: 0.1)
+    assert logged(constant)["train/ent_coef"] == pytest.approx(0.1)
+    assert th.equal(weights(constant), weights(trained(0.1)))
+    assert not th.equal(weights(constant), weights(falling))
 
 
 def test_var_coef_strings():

@@ -359,7 +359,7 @@ def assert_compiled_agrees(algorithm, policy, env, n_updates=3, **settings) -> N
 @pytest.mark.parametrize("env_id", ["CartPole-v1", "Pendulum-v1"])
 def test_compiled_agrees(env_id):
     schedule = LinearSchedule(start=1e-3, end=1e-4, end_fraction=1.0)
-    kwargs = {"learning_rate": schedule, "clip_range_vf": 0.2, "ent_coef": 0.01, "batch_size": 12}
+    kwargs = {"learning_rate": schedule, "clip_range_vf": 0.2, "ent_coef": schedule, "batch_size": 12}
     counters.clear()
     assert_compiled_agrees(R2VPO, "MlpPolicy", lambda: gym.make(env_id), **kwargs)
     # The step is compiled as a whole: nothing in it is decided by the host
@@ -464,6 +464,6 @@ def test_minibatch_loop_does_not_wait_for_the_gpu():
     th.cuda.set_sync_debug_mode("error")
     try:
         for rollout_data in minibatches:
-            model._step(rollout_data, model._objective_coefficients(), None, target_variance)
+            model._step(rollout_data, model._objective_coefficients(), th.tensor(0.0, device="cuda"), None, target_variance)
     finally:
         th.cuda.set_sync_debug_mode("default")

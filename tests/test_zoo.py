@@ -160,7 +160,8 @@ def test_schedules():
 
 
 def test_schedules_reach_the_model():
-    manager = make_manager(hyperparams={"target_variance": "lin_0.02", "var_coef": "lin_0.5", "n_envs": 1}, n_timesteps=10)
+    hyperparams = {"target_variance": "lin_0.02", "var_coef": "lin_0.5", "ent_coef": "lin_0.01", "n_envs": 1}
+    manager = make_manager(hyperparams=hyperparams, n_timesteps=10)
     model, saved = manager.setup_experiment()
     assert model.target_variance(0.5) == pytest.approx(0.01)
     assert model.learning_rate(0.5) == pytest.approx(0.0005)  # "lin_0.001" in the settings file

@@ -95,7 +95,9 @@ class R2VPO(OnPolicyAlgorithm):
         If None is passed (default), no clipping will be done on the value function.
         IMPORTANT: this clipping depends on the reward scaling.
     :param normalize_advantage: Whether to normalize or not the advantage. It sets the units of ``lambda``.
-    :param ent_coef: Entropy coefficient for the loss calculation
+    :param ent_coef: Entropy coefficient for the loss calculation, it can be a function of the current progress remaining
+        (from 1 to 0), which SB3's PPO does not take. Falling to zero, it explores at first and leaves the deterministic policy
+        well defined in the end.
     :param vf_coef: Value function coefficient for the loss calculation
     :param max_grad_norm: The maximum value for the gradient clipping
     :param use_sde: Whether to use generalized State Dependent Exploration (gSDE)
@@ -157,7 +159,7 @@ class R2VPO(OnPolicyAlgorithm):
         objective_kwargs: dict[str, Any] | None = None,
         clip_range_vf: float | Schedule | None = None,
         normalize_advantage: bool = True,
-        ent_coef: float = 0.0,
+        ent_coef: float | Schedule = 0.0,
         vf_coef: float = 0.5,
         max_grad_norm: float = 0.5,
         use_sde: bool = False,
@@ -181,7 +183,7 @@ class R2VPO(OnPolicyAlgorithm):
             n_steps=n_steps,
             gamma=gamma,
             gae_lambda=gae_lambda,
-            ent_coef=ent_coef,
+            ent_coef=ent_coef,  # type: ignore[arg-type]
             vf_coef=vf_coef,
             max_grad_norm=max_grad_norm,
             use_sde=use_sde,
@@ -390,13 +392,18 @@ class R2VPO(OnPolicyAlgorithm):
         return values.flatten(), log_prob, entropy
 
     def _loss(
-        self, rollout_data: RolloutBufferSamples, coefficients: dict[str, Any], clip_range_vf: float | th.Tensor | None
+        self,
+        rollout_data: RolloutBufferSamples,
+        coefficients: dict[str, Any],
+        ent_coef: th.Tensor,
+        clip_range_vf: float | th.Tensor | None,
     ) -> tuple[th.Tensor, dict[str, th.Tensor]]:
         """
         The loss of a minibatch: tensors in, tensors out, so that it can be compiled.
 
         :param rollout_data: A minibatch
         :param coefficients: The objective's, by their names
+        :param ent_coef: Entropy coefficient, before any compensation
         :param clip_range_vf: Clipping parameter for the value function, ``None`` for no clipping
         :return: The loss and, detached, what it is made of
         """
@@ -414,7 +421,6 @@ class R2VPO(OnPolicyAlgorithm):
         # Entropy favors exploration; -log_prob estimates it where there is no closed form
         entropy_loss = -self._reduce(-log_prob if entropy is None else entropy, rollout_data)
         ratio_variance = drop_padding(deviation, rollout_data).square().mean()
-        ent_coef: float | th.Tensor = self.ent_coef
         if self._compensates_entropy:
             n_actions = rollout_data.actions.shape[-1]
             ent_coef = ent_coef + entropy_compensation(ratio_variance, n_actions, **coefficients)
@@ -437,7 +443,7 @@ class R2VPO(OnPolicyAlgorithm):
             "entropy_loss": entropy_loss,
             "loss": loss,
         }
-        if isinstance(ent_coef, th.Tensor):
+        if self._has_entropy_bonus:
             parts["ent_coef"] = ent_coef
         if self.target_kl is not None:
             parts["approx_kl"] = drop_padding(deviation - log_ratio.detach(), rollout_data).mean()
@@ -449,7 +455,7 @@ class R2VPO(OnPolicyAlgorithm):
 
     @property
     def _has_entropy_bonus(self) -> bool:
-        return self.ent_coef != 0 or self._compensates_entropy
+        return callable(self.ent_coef) or self.ent_coef != 0 or self._compensates_entropy
 
     def _descend(self, loss: th.Tensor, may_step: th.Tensor | None) -> tuple[th.Tensor | bool, th.Tensor]:
         """One optimizer step on the loss; see :func:`~sb3_r2vpo.optim.descend`."""
@@ -466,6 +472,7 @@ class R2VPO(OnPolicyAlgorithm):
         self,
         rollout_data: RolloutBufferSamples,
         coefficients: dict[str, Any],
+        ent_coef: th.Tensor,
         clip_range_vf: float | th.Tensor | None,
         target_variance: th.Tensor,
     ) -> dict[str, th.Tensor]:
@@ -474,7 +481,7 @@ class R2VPO(OnPolicyAlgorithm):
 
         :return: Statistics of the minibatch
         """
-        loss, parts = self._loss(rollout_data, coefficients, clip_range_vf)
+        loss, parts = self._loss(rollout_data, coefficients, ent_coef, clip_range_vf)
         may_step = None if self.target_kl is None else parts["approx_kl"] <= 1.5 * self.target_kl
         accepted, parts["grad_norms"] = self._descend(loss, may_step)
         # No violation where there is no step
@@ -491,13 +498,14 @@ class R2VPO(OnPolicyAlgorithm):
         self._prepare_descent()
         self.dual.follow_schedule(self._current_progress_remaining)
         target_variance = th.as_tensor(self._current_value(self.target_variance), device=self.device)
+        ent_coef = th.as_tensor(self._current_value(self.ent_coef), device=self.device)
         clip_range_vf = None if self.clip_range_vf is None else self._current_value(self.clip_range_vf)
         coefficients = self._objective_coefficients()
 
         # Tensors until the end of the update: to read one is to wait for the device
         statistics: defaultdict[str, list[th.Tensor]] = defaultdict(list)
         for rollout_data in self._minibatches():
-            parts = self._step(rollout_data, coefficients, clip_range_vf, target_variance)
+            parts = self._step(rollout_data, coefficients, ent_coef, clip_range_vf, target_variance)
             for name, part in parts.items():
                 statistics[name].append(part)
             if self.target_kl is not None and parts["approx_kl"] > 1.5 * self.target_kl:

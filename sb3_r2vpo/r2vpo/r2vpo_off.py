@@ -71,7 +71,7 @@ class R2VPOOff(R2VPO):
         objective_kwargs: dict[str, Any] | None = None,
         clip_range_vf: float | Schedule | None = None,
         normalize_advantage: bool = True,
-        ent_coef: float = 0.0,
+        ent_coef: float | Schedule = 0.0,
         vf_coef: float = 0.5,
         max_grad_norm: float = 0.5,
         use_sde: bool = False,
