@@ -137,6 +137,14 @@ def test_report_on_rows_made_by_hand(monkeypatch):
     # 0.5 is two thirds of 0.75: the first evaluation beyond it is the 14th of 20
     assert columns["steps to PPO's IQM"] == "70%"
     assert columns["best minus final"] == "0.000"
+    # The mean of 0.8, 0.85, ... and 1 times the last one
+    assert columns["IQM of the last quarter"] == "0.675"
+    assert report.annealed_table(scores)[1:] == [["PPO", "", "", ""], ["R2VPO", "", "", ""]]
+    annealed = report.annealed_table({**scores, "ppo_annealed": 1.25 * scores["ppo"]})
+    assert annealed[1:] == [
+        ["PPO", "0.80", "0.00 (0.00 to 0.00)", "not reached"],
+        ["R2VPO", "1.20", "1.00 (1.00 to 1.00)", "85%"],
+    ]
 
 
 def test_report_writes_tables_and_figures(tmp_path, monkeypatch):
@@ -161,7 +169,8 @@ def test_report_writes_tables_and_figures(tmp_path, monkeypatch):
         for method, seed, final in runs:
             benchmark.append_rows(tmp_path / "results" / "evaluations.csv", rows_of(method, task, seed, final))
         for seed in range(2):
-            benchmark.append_rows(tmp_path / "results" / "without_compensation.csv", rows_of("r2vpo_off", task, seed, 0.25))
+            for final, file in zip((0.25, 0.35), report.EARLIER_ENTROPY.values(), strict=True):
+                benchmark.append_rows(tmp_path / "results" / file, rows_of("r2vpo_off", task, seed, final))
     texts = []
     for _ in range(2):  # the second time in place of the first, and to the last digit
         report.main()
@@ -175,7 +184,7 @@ def test_report_writes_tables_and_figures(tmp_path, monkeypatch):
     assert text.count("| SPO | 0.1 | 50 | 500 | 275 |\n| SPO | 0.2 |  | 400 |  |") == 1
     assert text.count("| PPO | 200 | 100 | 1.00 | 1.00 |\n| R2VPO | 100 | 90 | 0.50 | 0.90 |") == 1
     assert text.count("| cheetah-run | 500 ± 0 | **750 ± 0** |") == 1
-    assert text.count("| IQM (95% interval) | 0.250 (0.250 to 0.250) |") == 1
+    assert text.count("| IQM (95% interval) | 0.250 (0.250 to 0.250) | 0.350 (0.350 to 0.350) |") == 1
     assert {path.name for path in (tmp_path / "figures").iterdir()} == {"tasks.png", "aggregates.png"}
 
 

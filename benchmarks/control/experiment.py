@@ -77,8 +77,8 @@ METHODS: dict[str, Method] = {
     "r2vpo_off": Method(R2VPOOff, "r2vpo_off", without=(), own=COMPILED),
     # What R2VPO's settings have besides its objective
     "ppo_recompute": Method(PPO, without=(), own={"recompute_advantages": True}),
-    # More entropy than its studies chose from, as R2VPOOff has more since it is compensated
-    "ppo_entropy": Method(PPO, without=(), own={"ent_coef": 0.02}),
+    # R2VPOOff's schedule of the entropy bonus, with PPO's own bonus as its mean
+    "ppo_annealed": Method(PPO, without=(), own={"ent_coef": "lin_0.02"}),
     # As in the paper, but for the coefficient
     "r2vpo_fixed": Method(R2VPO, own={"var_coef": 0.3, "compensate_entropy": False, **COMPILED}),
     "spo": Method(R2VPO, own={"objective": "spo", "objective_kwargs": {"clip_range": 0.4}, **COMPILED}),

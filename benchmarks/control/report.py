@@ -33,13 +33,17 @@ LABELS = {
     "r2vpo": "R2VPO",
     "r2vpo_off": "R2VPOOff",
     "uncompensated": "R2VPOOff, entropy not compensated",
+    "constant": "R2VPOOff, constant entropy bonus",
     "r2vpo_fixed": "R2VPO, fixed λ",
     "ppo_recompute": "PPO, advantages recomputed",
-    "ppo_entropy": "PPO, twice the entropy bonus",
+    "ppo_annealed": "PPO, annealed entropy bonus",
     "spo": "SPO",
     "exact_kl": "exact KL",
     "trpo": "TRPO",
 }
+
+#: Rows of R2VPOOff with the settings that it had before
+EARLIER_ENTROPY = {"uncompensated": "without_compensation.csv", "constant": "constant_entropy.csv"}
 
 #: Score of each evaluation of each run: an array of shape (seeds, tasks, evaluations) for each method
 Scores = dict[str, np.ndarray]
@@ -72,37 +76,56 @@ def interval(scores: dict[str, np.ndarray], statistic) -> dict[str, tuple[float,
     return {name: (float(estimates[name][0]), *map(float, intervals[name][:, 0])) for name in scores}
 
 
+def against(scores: Scores, baseline: str) -> dict[str, list[str]]:
+    """Of each method: its IQM over the baseline's, how probably it is better, and after how many steps it has that IQM."""
+    if baseline not in scores:
+        return {method: ["", "", ""] for method in scores}
+    final = {method: curves[..., -1] for method, curves in scores.items()}
+    target = metrics.aggregate_iqm(final[baseline])
+    pairs = {method: (score, final[baseline]) for method, score in final.items() if method != baseline}
+    improvement = interval(pairs, metrics.probability_of_improvement) if pairs else {}
+    columns = {}
+    for method, curves in scores.items():
+        path = np.array([metrics.aggregate_iqm(curves[..., i]) for i in range(curves.shape[-1])])
+        reached = np.flatnonzero(path >= target)
+        columns[method] = [
+            f"{path[-1] / target:.2f}",
+            "{:.2f} ({:.2f} to {:.2f})".format(*improvement[method]) if method in improvement else "",
+            f"{(reached[0] + 1) / len(path):.0%}" if len(reached) else "not reached",
+        ]
+    return columns
+
+
 def summary_table(scores: Scores, cpu_seconds: dict[str, float]) -> list[list[str]]:
     final = {method: curves[..., -1] for method, curves in scores.items()}
     iqm = interval(final, metrics.aggregate_iqm)
-    collapse = {method: curves.max(axis=-1) - curves[..., -1] for method, curves in scores.items()}
-    baseline = final.get("ppo")
-    improvement = {}
-    if baseline is not None:
-        pairs = {method: (score, baseline) for method, score in final.items() if method != "ppo"}
-        improvement = interval(pairs, metrics.probability_of_improvement) if pairs else {}
+    columns = against(scores, "ppo")
     header = [
-        "method", "seeds", "IQM (95% interval)", "over PPO", "mean", "P(better than PPO)",
-        "steps to PPO's IQM", "best minus final", "CPU seconds a run",
+        "method", "seeds", "IQM (95% interval)", "over PPO", "P(better than PPO)", "steps to PPO's IQM",
+        "IQM of the last quarter", "mean", "best minus final", "CPU seconds a run",
     ]  # fmt: skip
     table = [header]
     for method, curves in scores.items():
-        path = np.array([metrics.aggregate_iqm(curves[..., i]) for i in range(curves.shape[-1])])
-        reached = np.flatnonzero(path >= iqm["ppo"][0]) if "ppo" in iqm else []
         table.append(
             [
                 LABELS[method],
                 str(len(curves)),
                 "{:.3f} ({:.3f} to {:.3f})".format(*iqm[method]),
-                f"{iqm[method][0] / iqm['ppo'][0]:.2f}" if "ppo" in iqm else "",
+                *columns[method],
+                f"{metrics.aggregate_iqm(curves[..., -N_EVALUATIONS // 4 :].mean(axis=-1)):.3f}",
                 f"{final[method].mean():.3f}",
-                "{:.2f} ({:.2f} to {:.2f})".format(*improvement[method]) if method in improvement else "",
-                f"{(reached[0] + 1) / len(path):.0%}" if len(reached) else "not reached",
-                f"{collapse[method].mean():.3f}",
+                f"{(curves.max(axis=-1) - final[method]).mean():.3f}",
                 f"{cpu_seconds[method]:.0f}",
             ]
         )
     return table
+
+
+def annealed_table(scores: Scores) -> list[list[str]]:
+    """R2VPO and R2VPOOff against PPO with an entropy bonus that falls as R2VPOOff's does."""
+    columns = against(scores, "ppo_annealed")
+    header = ["method", "over annealed PPO", "P(better than annealed PPO)", "steps to annealed PPO's IQM"]
+    return [header, *([LABELS[method], *columns[method]] for method in MAIN_METHODS if method in scores)]
 
 
 def task_table(scores: Scores) -> list[list[str]]:
@@ -118,12 +141,13 @@ def task_table(scores: Scores) -> list[list[str]]:
     return table
 
 
-def compensation_table(scores: Scores) -> list[list[str]]:
-    """R2VPOOff with the settings that it had before its entropy was compensated, and with those it has."""
-    before = complete_scores(read_evaluations("without_compensation.csv"))
-    both = {"uncompensated": before["r2vpo_off"], "r2vpo_off": scores["r2vpo_off"]}
-    iqm = interval({method: curves[..., -1] for method, curves in both.items()}, metrics.aggregate_iqm)
-    return [*task_table(both), ["IQM (95% interval)", *("{:.3f} ({:.3f} to {:.3f})".format(*iqm[method]) for method in both)]]
+def entropy_table(scores: Scores) -> list[list[str]]:
+    """R2VPOOff as it was before its entropy was compensated, with a constant bonus, and as it is."""
+    before = {name: complete_scores(read_evaluations(file))["r2vpo_off"] for name, file in EARLIER_ENTROPY.items()}
+    variants = {**before, "r2vpo_off": scores["r2vpo_off"]}
+    iqm = interval({name: curves[..., -1] for name, curves in variants.items()}, metrics.aggregate_iqm)
+    intervals = ["{:.3f} ({:.3f} to {:.3f})".format(*iqm[name]) for name in variants]
+    return [*task_table(variants), ["IQM (95% interval)", *intervals]]
 
 
 def tuning_table(file: str, setting: str) -> list[list[str]]:
@@ -227,7 +251,8 @@ def main() -> None:
         {
             "summary": summary_table(scores, cpu_seconds),
             "tasks": task_table(scores),
-            "compensation": compensation_table(scores),
+            "entropy": entropy_table(scores),
+            "annealed": annealed_table(scores),
             "hard tasks": hard_table(rows),
             "cost": cost_table(),
         },
