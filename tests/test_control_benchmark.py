@@ -1,6 +1,7 @@
 """The runner and the report of `benchmarks/control`: nothing runs twice, and the statistics are those of rows made by hand."""
 
 import inspect
+import re
 import sys
 from pathlib import Path
 
@@ -139,6 +140,14 @@ def test_report_on_rows_made_by_hand(monkeypatch):
     assert columns["best minus final"] == "0.000"
     # The mean of 0.8, 0.85, ... and 1 times the last one
     assert columns["IQM of the last quarter"] == "0.675"
+    # Half of the run's way is half of its rise from 0.05 to 1 times the last one
+    assert columns["IQM half of the way"] == "0.375"
+    one_draw = {**scores, "r2vpo": scores["r2vpo"].copy()}
+    one_draw["r2vpo"][0, experiment.TASKS.index("fish-swim"), -1] = 0.5
+    header, *by_task, overall = report.pairs_table(one_draw)
+    assert header == ["task", "R2VPO better than PPO"]
+    assert [p for _, p in by_task] == ["83%" if task == "fish-swim" else "100%" for task, _ in by_task]
+    assert overall[1].startswith("0.98 (")
     assert report.annealed_table(scores)[1:] == [["PPO", "", "", ""], ["R2VPO", "", "", ""]]
     annealed = report.annealed_table({**scores, "ppo_annealed": 1.25 * scores["ppo"]})
     assert annealed[1:] == [
@@ -185,6 +194,9 @@ def test_report_writes_tables_and_figures(tmp_path, monkeypatch):
     assert text.count("| PPO | 200 | 100 | 1.00 | 1.00 |\n| R2VPO | 100 | 90 | 0.50 | 0.90 |") == 1
     assert text.count("| cheetah-run | 500 ± 0 | **750 ± 0** |") == 1
     assert text.count("| IQM (95% interval) | 0.250 (0.250 to 0.250) | 0.350 (0.350 to 0.350) |") == 1
+    # Of 40 scores, one for each task and seed, 26 are beyond 0.25 and 22 beyond 0.35
+    assert re.search(r"\| P\(R2VPOOff better\) \| 0\.65 \([^|]+\) \| 0\.55 \([^|]+\) \|  \|", text)
+    assert text.count("| task | R2VPO better than PPO | R2VPOOff better than PPO | R2VPOOff better than R2VPO |") == 1
     assert {path.name for path in (tmp_path / "figures").iterdir()} == {"tasks.png", "aggregates.png"}
 
 

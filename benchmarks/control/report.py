@@ -45,6 +45,16 @@ LABELS = {
 #: Rows of R2VPOOff with the settings that it had before
 EARLIER_ENTROPY = {"uncompensated": "without_compensation.csv", "constant": "constant_entropy.csv"}
 
+#: Of which methods, two by two, it is said how probably the first is better
+PAIRS = (
+    ("r2vpo", "ppo"),
+    ("r2vpo_off", "ppo"),
+    ("r2vpo", "ppo_annealed"),
+    ("r2vpo_off", "ppo_annealed"),
+    ("r2vpo_off", "r2vpo"),
+    ("ppo_annealed", "ppo"),
+)
+
 #: Score of each evaluation of each run: an array of shape (seeds, tasks, evaluations) for each method
 Scores = dict[str, np.ndarray]
 
@@ -102,7 +112,7 @@ def summary_table(scores: Scores, cpu_seconds: dict[str, float]) -> list[list[st
     columns = against(scores, "ppo")
     header = [
         "method", "seeds", "IQM (95% interval)", "over PPO", "P(better than PPO)", "steps to PPO's IQM",
-        "IQM of the last quarter", "mean", "best minus final", "CPU seconds a run",
+        "IQM half of the way", "IQM of the last quarter", "mean", "best minus final", "CPU seconds a run",
     ]  # fmt: skip
     table = [header]
     for method, curves in scores.items():
@@ -112,6 +122,7 @@ def summary_table(scores: Scores, cpu_seconds: dict[str, float]) -> list[list[st
                 str(len(curves)),
                 "{:.3f} ({:.3f} to {:.3f})".format(*iqm[method]),
                 *columns[method],
+                f"{metrics.aggregate_iqm(curves[..., N_EVALUATIONS // 2 - 1]):.3f}",
                 f"{metrics.aggregate_iqm(curves[..., -N_EVALUATIONS // 4 :].mean(axis=-1)):.3f}",
                 f"{final[method].mean():.3f}",
                 f"{(curves.max(axis=-1) - final[method]).mean():.3f}",
@@ -126,6 +137,18 @@ def annealed_table(scores: Scores) -> list[list[str]]:
     columns = against(scores, "ppo_annealed")
     header = ["method", "over annealed PPO", "P(better than annealed PPO)", "steps to annealed PPO's IQM"]
     return [header, *([LABELS[method], *columns[method]] for method in MAIN_METHODS if method in scores)]
+
+
+def pairs_table(scores: Scores) -> list[list[str]]:
+    """How probably the first of two methods is better, a draw counting half: on each task, and on one drawn at random."""
+    final = {method: curves[..., -1] for method, curves in scores.items()}
+    pairs = {f"{LABELS[a]} better than {LABELS[b]}": (final[a], final[b]) for a, b in PAIRS if a in final and b in final}
+    overall = interval(pairs, metrics.probability_of_improvement)
+    by_task = [
+        [task, *(f"{metrics.probability_of_improvement(x[:, [i]], y[:, [i]]):.0%}" for x, y in pairs.values())]
+        for i, task in enumerate(TASKS)
+    ]
+    return [["task", *pairs], *by_task, ["all (95% interval)", *("{:.2f} ({:.2f} to {:.2f})".format(*p) for p in overall.values())]]
 
 
 def task_table(scores: Scores) -> list[list[str]]:
@@ -145,9 +168,14 @@ def entropy_table(scores: Scores) -> list[list[str]]:
     """R2VPOOff as it was before its entropy was compensated, with a constant bonus, and as it is."""
     before = {name: complete_scores(read_evaluations(file))["r2vpo_off"] for name, file in EARLIER_ENTROPY.items()}
     variants = {**before, "r2vpo_off": scores["r2vpo_off"]}
-    iqm = interval({name: curves[..., -1] for name, curves in variants.items()}, metrics.aggregate_iqm)
-    intervals = ["{:.3f} ({:.3f} to {:.3f})".format(*iqm[name]) for name in variants]
-    return [*task_table(variants), ["IQM (95% interval)", *intervals]]
+    final = {name: curves[..., -1] for name, curves in variants.items()}
+    iqm = interval(final, metrics.aggregate_iqm)
+    improvement = interval({name: (final["r2vpo_off"], final[name]) for name in before}, metrics.probability_of_improvement)
+    return [
+        *task_table(variants),
+        ["IQM (95% interval)", *("{:.3f} ({:.3f} to {:.3f})".format(*iqm[name]) for name in variants)],
+        ["P(R2VPOOff better)", *("{:.2f} ({:.2f} to {:.2f})".format(*improvement[name]) for name in before), ""],
+    ]
 
 
 def tuning_table(file: str, setting: str) -> list[list[str]]:
@@ -253,6 +281,7 @@ def main() -> None:
             "tasks": task_table(scores),
             "entropy": entropy_table(scores),
             "annealed": annealed_table(scores),
+            "pairs": pairs_table(scores),
             "hard tasks": hard_table(rows),
             "cost": cost_table(),
         },

@@ -420,11 +420,17 @@ class R2VPO(OnPolicyAlgorithm):
 
         # Entropy favors exploration; -log_prob estimates it where there is no closed form
         entropy_loss = -self._reduce(-log_prob if entropy is None else entropy, rollout_data)
-        ratio_variance = drop_padding(deviation, rollout_data).square().mean()
-        if self._compensates_entropy:
-            n_actions = rollout_data.actions.shape[-1]
-            ent_coef = ent_coef + entropy_compensation(ratio_variance, n_actions, **coefficients)
+        parts = {
+            "log_ratio": drop_padding(log_ratio, rollout_data),
+            "ratio_variance": drop_padding(deviation, rollout_data).square().mean(),
+            "policy_gradient_loss": policy_loss,
+            "entropy_loss": entropy_loss,
+        }
         if self._has_entropy_bonus:
+            if self._compensates_entropy:
+                n_actions = rollout_data.actions.shape[-1]
+                ent_coef = ent_coef + entropy_compensation(parts["ratio_variance"], n_actions, **coefficients)
+            parts["ent_coef"] = ent_coef
             loss = loss + ent_coef * entropy_loss
 
         if clip_range_vf is not None:
@@ -432,19 +438,8 @@ class R2VPO(OnPolicyAlgorithm):
             old_values = rollout_data.old_values
             values = old_values + th.clamp(values - old_values, -clip_range_vf, clip_range_vf)  # type: ignore[arg-type]
         # Value loss using the TD(gae_lambda) target
-        value_loss = F.mse_loss(rollout_data.returns, values)
-        loss = loss.add(value_loss, alpha=self.vf_coef)
-
-        parts = {
-            "log_ratio": drop_padding(log_ratio, rollout_data),
-            "ratio_variance": ratio_variance,
-            "policy_gradient_loss": policy_loss,
-            "value_loss": value_loss,
-            "entropy_loss": entropy_loss,
-            "loss": loss,
-        }
-        if self._has_entropy_bonus:
-            parts["ent_coef"] = ent_coef
+        parts["value_loss"] = value_loss = F.mse_loss(rollout_data.returns, values)
+        parts["loss"] = loss = loss.add(value_loss, alpha=self.vf_coef)
         if self.target_kl is not None:
             parts["approx_kl"] = drop_padding(deviation - log_ratio.detach(), rollout_data).mean()
         return loss, {name: part.detach() for name, part in parts.items()}
