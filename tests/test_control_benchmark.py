@@ -152,6 +152,7 @@ def test_report_on_rows_made_by_hand(monkeypatch):
     annealed = report.annealed_table({**scores, "ppo_annealed": 1.25 * scores["ppo"]})
     assert annealed[1:] == [
         ["PPO", "0.80", "0.00 (0.00 to 0.00)", "not reached"],
+        ["PPO, annealed entropy bonus", "1.00", "", "100%"],
         ["R2VPO", "1.20", "1.00 (1.00 to 1.00)", "85%"],
     ]
 
@@ -178,8 +179,8 @@ def test_report_writes_tables_and_figures(tmp_path, monkeypatch):
         for method, seed, final in runs:
             benchmark.append_rows(tmp_path / "results" / "evaluations.csv", rows_of(method, task, seed, final))
         for seed in range(2):
-            for final, file in zip((0.25, 0.35), report.EARLIER_ENTROPY.values(), strict=True):
-                benchmark.append_rows(tmp_path / "results" / file, rows_of("r2vpo_off", task, seed, final))
+            for final, (method, file) in zip((0.25, 0.35, 0.8), report.VARIANTS.values(), strict=True):
+                benchmark.append_rows(tmp_path / "results" / file, rows_of(method, task, seed, final))
     texts = []
     for _ in range(2):  # the second time in place of the first, and to the last digit
         report.main()
@@ -193,9 +194,12 @@ def test_report_writes_tables_and_figures(tmp_path, monkeypatch):
     assert text.count("| SPO | 0.1 | 50 | 500 | 275 |\n| SPO | 0.2 |  | 400 |  |") == 1
     assert text.count("| PPO | 200 | 100 | 1.00 | 1.00 |\n| R2VPO | 100 | 90 | 0.50 | 0.90 |") == 1
     assert text.count("| cheetah-run | 500 ± 0 | **750 ± 0** |") == 1
-    assert text.count("| IQM (95% interval) | 0.250 (0.250 to 0.250) | 0.350 (0.350 to 0.350) |") == 1
-    # Of 40 scores, one for each task and seed, 26 are beyond 0.25 and 22 beyond 0.35
-    assert re.search(r"\| P\(R2VPOOff better\) \| 0\.65 \([^|]+\) \| 0\.55 \([^|]+\) \|  \|", text)
+    assert text.count("| IQM (95% interval) | 0.250 (0.250 to 0.250) | 0.350 (0.350 to 0.350) | ") == 1
+    assert text.count(" | 0.800 (0.800 to 0.800) | 0.750 (0.750 to 0.750) |") == 1
+    # Of R2VPOOff's 40 scores, one for each task and seed, 26 are beyond 0.25 and 22 beyond 0.35
+    assert re.search(
+        r"\| P\(better as it is\) \| 0\.65 \([^|]+\) \| 0\.55 \([^|]+\) \|  \| 0\.00 \(0\.00 to 0\.00\) \|  \|", text
+    )
     assert text.count("| task | R2VPO better than PPO | R2VPOOff better than PPO | R2VPOOff better than R2VPO |") == 1
     assert {path.name for path in (tmp_path / "figures").iterdir()} == {"tasks.png", "aggregates.png"}
 

@@ -26,7 +26,6 @@ from experiment import (  # noqa: E402
     METHODS,
     N_EVAL_EPISODES,
     N_EVALUATIONS,
-    WITHOUT_COMPENSATION,
     Evaluations,
     make_model,
     package_versions,
@@ -69,7 +68,7 @@ def record() -> None:
     for name in METHOD_NAMES:
         for gae_lambda in GAE_LAMBDAS:
             method = METHODS[name]
-            settings = {**method.settings(TASK), **WITHOUT_COMPENSATION, "gae_lambda": gae_lambda}
+            settings = {**method.settings(TASK), "gae_lambda": gae_lambda}
             model = make_model(method.algorithm, settings, TASK, SEED)
             env = CartPositions(EnvPoolVecEnv(f"dm_control/{TASK}-v0", N_EVAL_EPISODES, seed=10_000 + SEED, num_threads=1))
             places = RestingPlaces(VecNormalize(env, training=False, norm_reward=False), N_TIMESTEPS // N_EVALUATIONS)

@@ -31,7 +31,7 @@ from sb3_r2vpo.rollout_replay import StoredRollout
 HERE = Path(__file__).parent
 RATIOS = HERE / "results" / "ratios.csv"
 sys.path.insert(0, str(HERE.parent / "control"))
-from experiment import METHODS, WITHOUT_COMPENSATION, Settings, in_our_loop, make_model  # noqa: E402
+from experiment import METHODS, Settings, in_our_loop, make_model  # noqa: E402
 
 TASK, N_TIMESTEPS, SEED = "cheetah-run", 500_000, 0
 CLIP_RANGE = 0.2
@@ -94,10 +94,7 @@ class Recorder(BaseCallback):
 
 def arms() -> dict[str, tuple[type[OnPolicyAlgorithm], Settings]]:
     methods = {"PPO": METHODS["ppo"], "R2VPO": METHODS["r2vpo"], "R2VPOOff": METHODS["r2vpo_off"]}
-    return {
-        name: in_our_loop(method.algorithm, {**method.settings(TASK), **WITHOUT_COMPENSATION})
-        for name, method in methods.items()
-    }
+    return {name: in_our_loop(method.algorithm, method.settings(TASK)) for name, method in methods.items()}
 
 
 def record() -> None:

@@ -3,7 +3,8 @@
     python benchmarks/analysis/sensitivity.py run        all runs that are not in results/sensitivity.csv yet
     python benchmarks/analysis/sensitivity.py report     draws figures/sensitivity.png
 
-All else is as shipped in `hyperparams/`. The return is that of the last quarter of a short run's evaluations on cheetah-run.
+All else is as shipped in `hyperparams/`, but for `BEFORE`. The return is that of the last quarter of a short run's
+evaluations on cheetah-run.
 """
 
 import argparse
@@ -21,11 +22,13 @@ from matplotlib import pyplot as plt
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent / "control"))
 from benchmark import execute_all, finished  # noqa: E402
-from experiment import METHODS, WITHOUT_COMPENSATION, last_quarter, train  # noqa: E402
+from experiment import METHODS, last_quarter, train  # noqa: E402
 
 SENSITIVITY = HERE / "results" / "sensitivity.csv"
 TASK, N_TIMESTEPS, SEEDS = "cheetah-run", 300_000, (0, 1)
 
+#: What R2VPO and R2VPOOff had when these runs were made: no compensation of the entropy, and a constant bonus
+BEFORE = {"compensate_entropy": False, "ent_coef": 0.01, "recompute_advantages": True}
 #: For each map: the method, and the values of the coefficient on either axis. With the six actions of cheetah-run, the
 #: automatic tolerance is 0.0245
 MAPS: dict[str, tuple[str, dict[str, tuple[float, ...]]]] = {
@@ -59,7 +62,7 @@ def cells() -> Iterator[Cell]:
 def execute(cell: Cell) -> list[dict[str, Any]]:
     name, axes = MAPS[cell.map]
     method = METHODS[name]
-    settings = {**method.settings(TASK), **WITHOUT_COMPENSATION, **dict(zip(axes, (cell.x, cell.y), strict=True))}
+    settings = {**method.settings(TASK), **BEFORE, **dict(zip(axes, (cell.x, cell.y), strict=True))}
     rows = train(method.algorithm, settings, TASK, cell.seed, N_TIMESTEPS)
     constants = {name: rows[-1][name] for name in ("std", "var_coef", "ratio_variance", "settings", "versions", "processor")}
     return [{**cell._asdict(), "mean_return": last_quarter(rows), **constants}]

@@ -73,22 +73,20 @@ class Method:
 COMPILED = {"compile": True}
 METHODS: dict[str, Method] = {
     "ppo": Method(PPO, without=()),
+    # R2VPOOff's schedule of the entropy bonus, with PPO's own bonus as its mean
+    "ppo_annealed": Method(PPO, without=(), own={"ent_coef": "lin_0.02"}),
     "r2vpo": Method(R2VPO, "r2vpo", without=(), own=COMPILED),
     "r2vpo_off": Method(R2VPOOff, "r2vpo_off", without=(), own=COMPILED),
     # What R2VPO's settings have besides its objective
     "ppo_recompute": Method(PPO, without=(), own={"recompute_advantages": True}),
-    # R2VPOOff's schedule of the entropy bonus, with PPO's own bonus as its mean
-    "ppo_annealed": Method(PPO, without=(), own={"ent_coef": "lin_0.02"}),
     # As in the paper, but for the coefficient
     "r2vpo_fixed": Method(R2VPO, own={"var_coef": 0.3, "compensate_entropy": False, **COMPILED}),
     "spo": Method(R2VPO, own={"objective": "spo", "objective_kwargs": {"clip_range": 0.4}, **COMPILED}),
     "exact_kl": Method(R2VPO, own={"objective": "exact_kl", "objective_kwargs": {"kl_coef": 1.0}, **COMPILED}),
     "trpo": Method(TRPO, without=("clip_range", "n_epochs", "ent_coef"), own={"target_kl": 0.01}),
 }
-#: What R2VPO and R2VPOOff had before there was a compensation, and the analyses' runs have
-WITHOUT_COMPENSATION: Settings = {"compensate_entropy": False, "ent_coef": 0.01}
-#: Those with a study each, and five seeds
-MAIN_METHODS = ("ppo", "r2vpo", "r2vpo_off")
+#: Those with five seeds
+MAIN_METHODS = ("ppo", "ppo_annealed", "r2vpo", "r2vpo_off")
 
 
 def in_our_loop(algorithm: type[OnPolicyAlgorithm], settings: Settings) -> tuple[type[OnPolicyAlgorithm], Settings]:

@@ -30,20 +30,25 @@ MAX_RETURN = 1000.0
 STEPS = np.arange(1, N_EVALUATIONS + 1) / N_EVALUATIONS
 LABELS = {
     "ppo": "PPO",
+    "ppo_annealed": "PPO, annealed entropy bonus",
     "r2vpo": "R2VPO",
     "r2vpo_off": "R2VPOOff",
     "uncompensated": "R2VPOOff, entropy not compensated",
     "constant": "R2VPOOff, constant entropy bonus",
+    "annealed": "R2VPO, entropy compensated and annealed, advantages not recomputed",
     "r2vpo_fixed": "R2VPO, fixed λ",
     "ppo_recompute": "PPO, advantages recomputed",
-    "ppo_annealed": "PPO, annealed entropy bonus",
     "spo": "SPO",
     "exact_kl": "exact KL",
     "trpo": "TRPO",
 }
 
-#: Rows of R2VPOOff with the settings that it had before
-EARLIER_ENTROPY = {"uncompensated": "without_compensation.csv", "constant": "constant_entropy.csv"}
+#: Rows with other settings: those that R2VPOOff had before, and what was tried for R2VPO
+VARIANTS = {
+    "uncompensated": ("r2vpo_off", "without_compensation.csv"),
+    "constant": ("r2vpo_off", "constant_entropy.csv"),
+    "annealed": ("r2vpo", "annealed_r2vpo.csv"),
+}
 
 #: Of which methods, two by two, it is said how probably the first is better
 PAIRS = (
@@ -86,6 +91,11 @@ def interval(scores: dict[str, np.ndarray], statistic) -> dict[str, tuple[float,
     return {name: (float(estimates[name][0]), *map(float, intervals[name][:, 0])) for name in scores}
 
 
+def with_interval(estimate: tuple[float, float, float], digits: int) -> str:
+    value, low, high = (f"{number:.{digits}f}" for number in estimate)
+    return f"{value} ({low} to {high})"
+
+
 def against(scores: Scores, baseline: str) -> dict[str, list[str]]:
     """Of each method: its IQM over the baseline's, how probably it is better, and after how many steps it has that IQM."""
     if baseline not in scores:
@@ -100,7 +110,7 @@ def against(scores: Scores, baseline: str) -> dict[str, list[str]]:
         reached = np.flatnonzero(path >= target)
         columns[method] = [
             f"{path[-1] / target:.2f}",
-            "{:.2f} ({:.2f} to {:.2f})".format(*improvement[method]) if method in improvement else "",
+            with_interval(improvement[method], 2) if method in improvement else "",
             f"{(reached[0] + 1) / len(path):.0%}" if len(reached) else "not reached",
         ]
     return columns
@@ -120,7 +130,7 @@ def summary_table(scores: Scores, cpu_seconds: dict[str, float]) -> list[list[st
             [
                 LABELS[method],
                 str(len(curves)),
-                "{:.3f} ({:.3f} to {:.3f})".format(*iqm[method]),
+                with_interval(iqm[method], 3),
                 *columns[method],
                 f"{metrics.aggregate_iqm(curves[..., N_EVALUATIONS // 2 - 1]):.3f}",
                 f"{metrics.aggregate_iqm(curves[..., -N_EVALUATIONS // 4 :].mean(axis=-1)):.3f}",
@@ -133,7 +143,7 @@ def summary_table(scores: Scores, cpu_seconds: dict[str, float]) -> list[list[st
 
 
 def annealed_table(scores: Scores) -> list[list[str]]:
-    """R2VPO and R2VPOOff against PPO with an entropy bonus that falls as R2VPOOff's does."""
+    """The main methods against PPO with an entropy bonus that falls as R2VPOOff's does."""
     columns = against(scores, "ppo_annealed")
     header = ["method", "over annealed PPO", "P(better than annealed PPO)", "steps to annealed PPO's IQM"]
     return [header, *([LABELS[method], *columns[method]] for method in MAIN_METHODS if method in scores)]
@@ -148,7 +158,7 @@ def pairs_table(scores: Scores) -> list[list[str]]:
         [task, *(f"{metrics.probability_of_improvement(x[:, [i]], y[:, [i]]):.0%}" for x, y in pairs.values())]
         for i, task in enumerate(TASKS)
     ]
-    return [["task", *pairs], *by_task, ["all (95% interval)", *("{:.2f} ({:.2f} to {:.2f})".format(*p) for p in overall.values())]]
+    return [["task", *pairs], *by_task, ["all (95% interval)", *(with_interval(estimate, 2) for estimate in overall.values())]]
 
 
 def task_table(scores: Scores) -> list[list[str]]:
@@ -164,17 +174,22 @@ def task_table(scores: Scores) -> list[list[str]]:
     return table
 
 
-def entropy_table(scores: Scores) -> list[list[str]]:
-    """R2VPOOff as it was before its entropy was compensated, with a constant bonus, and as it is."""
-    before = {name: complete_scores(read_evaluations(file))["r2vpo_off"] for name, file in EARLIER_ENTROPY.items()}
-    variants = {**before, "r2vpo_off": scores["r2vpo_off"]}
+def variants_table(scores: Scores) -> list[list[str]]:
+    """R2VPOOff and R2VPO with other settings, and how probably they are better with those they have."""
+    variants: Scores = {}
+    for method in ("r2vpo_off", "r2vpo"):
+        files = {name: file for name, (of, file) in VARIANTS.items() if of == method}
+        variants |= {name: complete_scores(read_evaluations(file))[method] for name, file in files.items()}
+        variants[method] = scores[method]
     final = {name: curves[..., -1] for name, curves in variants.items()}
     iqm = interval(final, metrics.aggregate_iqm)
-    improvement = interval({name: (final["r2vpo_off"], final[name]) for name in before}, metrics.probability_of_improvement)
+    improvement = interval(
+        {name: (final[method], final[name]) for name, (method, _) in VARIANTS.items()}, metrics.probability_of_improvement
+    )
     return [
         *task_table(variants),
-        ["IQM (95% interval)", *("{:.3f} ({:.3f} to {:.3f})".format(*iqm[name]) for name in variants)],
-        ["P(R2VPOOff better)", *("{:.2f} ({:.2f} to {:.2f})".format(*improvement[name]) for name in before), ""],
+        ["IQM (95% interval)", *(with_interval(iqm[name], 3) for name in variants)],
+        ["P(better as it is)", *(with_interval(improvement[name], 2) if name in improvement else "" for name in variants)],
     ]
 
 
@@ -215,32 +230,32 @@ def cost_table() -> list[list[str]]:
 
 
 def draw_tasks(scores: Scores) -> None:
-    figure, axes = plt.subplots(2, 5, figsize=(15, 5.6), sharex=True, layout="constrained")
+    figure, axes = plt.subplots(2, 5, figsize=(15, 6.2), sharex=True, layout="constrained")
     for i, (ax, task) in enumerate(zip(axes.flat, TASKS, strict=True)):
         for method, curves in scores.items():
             mean, std = MAX_RETURN * curves[:, i].mean(axis=0), MAX_RETURN * curves[:, i].std(axis=0)
             draw_curve(ax, method, STEPS, mean, mean - std, mean + std)
         ax.set_title(task)
-    axes[0, 0].legend()
+    draw_legend(figure)
     figure.supxlabel("million steps")
     figure.supylabel("return, mean ± standard deviation of seeds")
     save(figure, "tasks")
 
 
 def draw_aggregates(scores: Scores) -> None:
-    figure, (curve_ax, profile_ax) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    figure, (curve_ax, profile_ax) = plt.subplots(1, 2, figsize=(11, 4.6), layout="constrained")
     for method, curves in scores.items():
         points = {str(i): curves[..., i] for i in range(curves.shape[-1])}
         bands = np.array(list(interval(points, metrics.aggregate_iqm).values())).T
         draw_curve(curve_ax, method, STEPS, *bands)
     curve_ax.set(xlabel="million steps", ylabel="IQM of scores, 95% interval", title="Sample efficiency")
-    curve_ax.legend()
     thresholds = np.linspace(0.0, 1.0, 101)
     final = {method: curves[..., -1] for method, curves in scores.items()}
     np.random.seed(0)
     profiles, bands = library.create_performance_profile(final, thresholds, reps=N_BOOTSTRAPS)
     for method, profile in profiles.items():
         draw_curve(profile_ax, method, thresholds, profile, *bands[method])
+    draw_legend(figure)
     profile_ax.set(xlabel="score", ylabel="part of runs with more than this score", title="Performance profiles")
     save(figure, "aggregates")
 
@@ -252,6 +267,11 @@ def draw_curve(ax: Axes, method: str, x: np.ndarray, middle: np.ndarray, low: np
     if main:
         ax.fill_between(x, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
     ax.grid(alpha=0.3)
+
+
+def draw_legend(figure: plt.Figure) -> None:
+    """One for all axes, beside them: in one of them it would hide curves."""
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
 
 
 def save(figure: plt.Figure, name: str) -> None:
@@ -279,7 +299,7 @@ def main() -> None:
         {
             "summary": summary_table(scores, cpu_seconds),
             "tasks": task_table(scores),
-            "entropy": entropy_table(scores),
+            "variants": variants_table(scores),
             "annealed": annealed_table(scores),
             "pairs": pairs_table(scores),
             "hard tasks": hard_table(rows),
