@@ -237,7 +237,8 @@ def draw_tasks(scores: Scores) -> None:
             draw_curve(ax, method, STEPS, mean, mean - std, mean + std)
         ax.set_title(task)
     draw_legend(figure)
-    figure.supxlabel("million steps")
+    for ax in axes[-1]:
+        ax.set_xlabel("million steps")
     figure.supylabel("return, mean ± standard deviation of seeds")
     save(figure, "tasks")
 
