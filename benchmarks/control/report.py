@@ -84,11 +84,14 @@ def complete_scores(rows: list[dict[str, str]]) -> Scores:
 
 
 def interval(scores: dict[str, np.ndarray], statistic) -> dict[str, tuple[float, float, float]]:
-    """A statistic of each, with the ends of its 95% stratified bootstrap interval."""
-    # rliable draws from the global generator, whatever `random_state` it is given
-    np.random.seed(0)
-    estimates, intervals = library.get_interval_estimates(scores, lambda *x: np.array([statistic(*x)]), reps=N_BOOTSTRAPS)
-    return {name: (float(estimates[name][0]), *map(float, intervals[name][:, 0])) for name in scores}
+    """A statistic of each, with the ends of its 95% stratified bootstrap interval: the same whatever else is asked for."""
+    estimates = {}
+    for name, score in scores.items():
+        # rliable draws from the global generator, whatever `random_state` it is given
+        np.random.seed(0)
+        values, ends = library.get_interval_estimates({name: score}, lambda *x: np.array([statistic(*x)]), reps=N_BOOTSTRAPS)
+        estimates[name] = (float(values[name][0]), *map(float, ends[name][:, 0]))
+    return estimates
 
 
 def with_interval(estimate: tuple[float, float, float], digits: int) -> str:
