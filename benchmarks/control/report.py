@@ -38,6 +38,8 @@ LABELS = {
     "annealed": "R2VPO, entropy compensated and annealed, advantages not recomputed",
     "r2vpo_fixed": "R2VPO, fixed λ",
     "ppo_recompute": "PPO, advantages recomputed",
+    "ppo_annealed_censored": "PPO, annealed entropy bonus, `CensoredMlpPolicy`",
+    "r2vpo_off_censored": "R2VPOOff, `CensoredMlpPolicy`",
     "spo": "SPO",
     "exact_kl": "exact KL",
     "trpo": "TRPO",
@@ -221,6 +223,22 @@ def hard_table(rows: list[dict[str, str]]) -> list[list[str]]:
     return table
 
 
+def censored_table(rows: list[dict[str, str]]) -> list[list[str]]:
+    """Final returns with either policy, of the same seeds, on the tasks that have been run with both."""
+    final: dict[tuple[str, str], dict[str, float]] = defaultdict(dict)
+    for row in rows:
+        final[row["task"], row["method"]][row["seed"]] = float(row["mean_return"])
+    table = [["task", "method", "seeds", "`MlpPolicy`", "`CensoredMlpPolicy`"]]
+    for task, method in product(TASKS, MAIN_METHODS):
+        either, censored = final[task, method], final[task, f"{method}_censored"]
+        seeds = sorted(either.keys() & censored.keys())
+        if seeds:
+            returns = (np.array([runs[seed] for seed in seeds]) for runs in (either, censored))
+            cells = [f"{values.mean():.0f} ({', '.join(f'{value:.0f}' for value in values)})" for values in returns]
+            table.append([task, LABELS[method], ", ".join(seeds), *cells])
+    return table
+
+
 def cost_table() -> list[list[str]]:
     cost = pd.read_csv(HERE / "results" / "cost.csv")
     header = ["arm", "microseconds a step, wall", "CPU", "over SB3's PPO, wall", "CPU"]
@@ -307,6 +325,7 @@ def main() -> None:
             "annealed": annealed_table(scores),
             "pairs": pairs_table(scores),
             "hard tasks": hard_table(rows),
+            "censored": censored_table(rows),
             "cost": cost_table(),
         },
     )

@@ -8,6 +8,8 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.type_aliases import PyTorchObs
 from torch.nn import functional as F
 
+from sb3_r2vpo.r2vpo.distributions import CensoredGaussianDistribution, censored_gaussian
+
 Evaluation = tuple[th.Tensor, th.Tensor, th.Tensor | None]
 
 
@@ -103,9 +105,12 @@ def is_gaussian(policy: ActorCriticPolicy) -> bool:
 
 
 def has_usual_distribution(policy: ActorCriticPolicy) -> bool:
-    """:return: Whether :func:`gaussian` or :func:`categorical` tells what a policy's ``evaluate_actions`` does"""
+    """
+    :return: Whether :func:`gaussian`, :func:`censored_gaussian` or :func:`categorical` tells what a policy's
+        ``evaluate_actions`` does
+    """
     return (
-        (is_gaussian(policy) or type(policy.action_dist) is CategoricalDistribution)
+        type(policy.action_dist) in (DiagGaussianDistribution, CensoredGaussianDistribution, CategoricalDistribution)
         and type(policy).evaluate_actions is ActorCriticPolicy.evaluate_actions
         and type(policy)._get_action_dist_from_latent is ActorCriticPolicy._get_action_dist_from_latent
     )
@@ -114,7 +119,7 @@ def has_usual_distribution(policy: ActorCriticPolicy) -> bool:
 def evaluate_actions(policy: ActorCriticPolicy, observations: PyTorchObs, actions: th.Tensor) -> Evaluation:
     """
     ``policy.evaluate_actions(observations, actions)``, bit for bit, and just that where the policy or its distribution is not
-    one of the two most usual.
+    one of the usual.
 
     :param policy: Any actor-critic policy
     :param observations: A batch of observations
@@ -136,6 +141,9 @@ def evaluate_actions(policy: ActorCriticPolicy, observations: PyTorchObs, action
         # Expanded before it is used: the gradient is then summed over the batch where `Normal` sums it, in the same order
         std = policy.log_std.exp().expand_as(outputs)
         log_prob, entropy = gaussian((actions - outputs) ** 2 / std**2, std), gaussian_entropy(std)
+    elif isinstance(policy.action_dist, CensoredGaussianDistribution):
+        bounds = policy.action_dist.low, policy.action_dist.high
+        log_prob, entropy = censored_gaussian(actions, outputs, policy.log_std.exp().expand_as(outputs), *bounds)
     else:
         log_prob, entropy = categorical(outputs, actions)
     return policy.value_net(latent_vf), log_prob, entropy

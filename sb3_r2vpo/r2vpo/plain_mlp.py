@@ -1,6 +1,7 @@
 """SB3's ``MlpPolicy`` differentiated by hand: a small network's update spends more time in autograd than on its numbers."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch as th
 from stable_baselines3.common.policies import ActorCriticPolicy
@@ -9,6 +10,7 @@ from stable_baselines3.common.torch_layers import FlattenExtractor, MlpExtractor
 from torch import nn
 from torch.nn import functional as F
 
+from sb3_r2vpo.r2vpo.distributions import CensoredGaussianDistribution, censored_gaussian
 from sb3_r2vpo.r2vpo.evaluation import (
     categorical,
     categorical_backward,
@@ -16,7 +18,6 @@ from sb3_r2vpo.r2vpo.evaluation import (
     gaussian_backward,
     gaussian_entropy,
     has_usual_distribution,
-    is_gaussian,
 )
 
 Activation = tuple[Callable[[th.Tensor], th.Tensor], Callable[[th.Tensor, th.Tensor], th.Tensor]]
@@ -76,7 +77,9 @@ class PlainMlp:
     def __init__(self, policy: ActorCriticPolicy, entropy_gradient: bool = True) -> None:
         self.policy = policy
         self.actor, self.critic = (Layers(*layers) for layers in _networks(policy))
-        self.log_std = policy.log_std if is_gaussian(policy) else None
+        self.log_std: Any = policy.log_std if hasattr(policy, "log_std") else None
+        distribution = policy.action_dist
+        self.bounds = (distribution.low, distribution.high) if isinstance(distribution, CensoredGaussianDistribution) else None
         self.entropy_gradient = entropy_gradient
         if self.log_std is not None:
             self.gaussian_entropy = gaussian_entropy(self.log_std.detach().exp())
@@ -86,24 +89,30 @@ class PlainMlp:
         :param observations: A batch of observations
         :param actions: The actions to evaluate
         :return: values, log-probabilities and entropy, each of shape ``(batch_size,)``: leaves of autograd's graph, but for an
-            entropy that the loss does not depend on
+            entropy that the loss does not depend on, and for what is of a censored Gaussian
         """
         # Faster than `no_grad`. Its tensors can't enter a graph, their copies can.
         with th.inference_mode():
             features = preprocess_obs(observations, self.policy.observation_space, self.policy.normalize_images)
             features = features.flatten(1)  # type: ignore[union-attr]
             outputs = self.actor.forward(features)
+            values = self.critic.forward(features).flatten()
             if self.log_std is None:
                 self.categorical = outputs, actions
                 log_prob, entropy = categorical(*self.categorical)
-            else:
+            elif self.bounds is None:
                 deviation, std = actions - outputs, self.log_std.exp()
                 distance = deviation * deviation / (std * std)
                 self.gaussian = deviation, distance, std
                 log_prob = gaussian(distance, std)
                 entropy = (gaussian_entropy(std) if self.entropy_gradient else self.gaussian_entropy).expand_as(log_prob)
-            values = self.critic.forward(features).flatten()
-        self.values, self.log_prob, self.entropy = values.clone().requires_grad_(), log_prob.clone().requires_grad_(), entropy
+        self.values = values.clone().requires_grad_()
+        if self.bounds is not None:
+            # Some twenty operations on a few numbers each: left to autograd
+            self.mean = outputs.clone().requires_grad_()
+            self.log_prob, self.entropy = censored_gaussian(actions, self.mean, self.log_std.exp(), *self.bounds)
+            return self.values, self.log_prob, self.entropy
+        self.log_prob, self.entropy = log_prob.clone().requires_grad_(), entropy
         if self.entropy_gradient:
             self.entropy = entropy.clone().requires_grad_()
         return self.values, self.log_prob, self.entropy
@@ -114,18 +123,24 @@ class PlainMlp:
 
         :param loss: A scalar made of the results of the last :meth:`evaluate_actions`
         """
+        if self.bounds is not None:
+            self.log_std.grad.zero_()
         loss.backward()
-        values_grad, log_prob_grad, entropy_grad = self.values.grad, self.log_prob.grad, self.entropy.grad
-        assert values_grad is not None
-        assert log_prob_grad is not None
         with th.inference_mode():
-            if self.log_std is None:
-                outputs_grad = categorical_backward(*self.categorical, log_prob_grad, entropy_grad)
+            if self.bounds is not None:
+                outputs_grad = _gradient(self.mean)
+            elif self.log_std is None:
+                outputs_grad = categorical_backward(*self.categorical, _gradient(self.log_prob), self.entropy.grad)
             else:
-                outputs_grad, std_grad = gaussian_backward(*self.gaussian, log_prob_grad, entropy_grad)
+                outputs_grad, std_grad = gaussian_backward(*self.gaussian, _gradient(self.log_prob), self.entropy.grad)
                 th.mul(std_grad, self.gaussian[-1], out=self.log_std.grad)
             self.actor.backward(outputs_grad)
-            self.critic.backward(values_grad.unsqueeze(1))
+            self.critic.backward(_gradient(self.values).unsqueeze(1))
+
+
+def _gradient(leaf: th.Tensor) -> th.Tensor:
+    assert leaf.grad is not None
+    return leaf.grad
 
 
 def _networks(policy: ActorCriticPolicy) -> tuple[list[nn.Module], list[nn.Module]]:
@@ -150,7 +165,7 @@ def is_plain_mlp(policy: nn.Module) -> bool:
     actor, critic = _networks(policy)
     linears, activations = actor[::2] + critic[::2], [{*map(type, layers[1::2])} for layers in (actor, critic)]
     extractors = (policy.features_extractor, policy.pi_features_extractor, policy.vf_features_extractor)
-    known = [policy.log_std] if is_gaussian(policy) else []
+    known = [policy.log_std] if hasattr(policy, "log_std") else []
     known += [parameter for layer in linears for parameter in layer.parameters()]
     return (
         all(type(extractor) is FlattenExtractor for extractor in extractors)

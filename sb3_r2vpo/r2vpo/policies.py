@@ -1,4 +1,4 @@
-"""The policies of R2VPO: SB3's actor-critic policies, by the names that SB3's algorithms give them, and one of its own."""
+"""The policies of R2VPO: SB3's actor-critic policies, by the names that SB3's algorithms give them, and two of its own."""
 
 from typing import Any
 
@@ -10,9 +10,32 @@ from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from stable_baselines3.common.type_aliases import Schedule
 from torch import nn
 
+from sb3_r2vpo.r2vpo.distributions import CensoredGaussianDistribution
+
 MlpPolicy = ActorCriticPolicy
 CnnPolicy = ActorCriticCnnPolicy
 MultiInputPolicy = MultiInputActorCriticPolicy
+
+
+class CensoredMlpPolicy(ActorCriticPolicy):
+    """
+    MlpPolicy for continuous actions that has the probabilities of the actions that the environment gets: those within the
+    bounds, where a sample beyond counts as the bound itself. With any on-policy algorithm.
+
+    SB3 clips a Gaussian's samples to the bounds of the action space, while ``MlpPolicy`` goes on to tell apart what has become
+    one action; with a standard deviation of one and bounds of plus and minus one, that is a third of all samples. See
+    :func:`~sb3_r2vpo.r2vpo.distributions.censored_gaussian` for what it is good for.
+
+    Takes the arguments of ``ActorCriticPolicy``.
+
+    :raises ValueError: The action space is not a Box, a bound of it is infinite, or ``use_sde`` is set.
+    """
+
+    def _build(self, lr_schedule: Schedule) -> None:
+        if self.use_sde:
+            raise ValueError("`CensoredMlpPolicy` has noise of its own: pass `use_sde=False`, or take `MlpPolicy`.")
+        self.action_dist = CensoredGaussianDistribution(self.action_space)
+        super()._build(lr_schedule)
 
 
 class LayerNormTanh(BaseFeaturesExtractor):
