@@ -181,8 +181,8 @@ def test_samples_and_mode_are_actions():
     assert on_bound == pytest.approx(stats.norm.cdf(-1), abs=0.01)
 
 
-def test_a_policy_with_censored_actions_learns_from_what_a_gaussian_ignores():
-    """All samples are beyond the bound: one and the same action, which says nothing about the mean."""
+def test_samples_beyond_a_bound_say_no_more_about_the_mean_than_the_bound():
+    """All of them are one and the same action, which is nearly certain."""
     for policy_class, informative in ((ActorCriticPolicy, True), (CensoredMlpPolicy, False)):
         policy = policy_class(OBSERVATIONS, ACTIONS, lambda _: 1e-3)
         policy.action_net.bias.data.fill_(30.0)

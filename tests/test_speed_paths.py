@@ -23,6 +23,7 @@ from sb3_r2vpo.minibatches import rollout_tensors, shuffled_minibatches
 from sb3_r2vpo.optim import FlatAdam, clip_coefficient, clip_coefficient_on_host, descend
 from sb3_r2vpo.r2vpo.evaluation import evaluate_actions
 from sb3_r2vpo.r2vpo.plain_mlp import PlainMlp, is_plain_mlp
+from sb3_r2vpo.r2vpo.policies import CensoredMlpPolicy
 
 IMAGE = spaces.Box(0, 255, (36, 36, 1), dtype=np.uint8)
 ACTION_SPACES = [spaces.Box(-2, 2, (2,)), spaces.Discrete(3), spaces.MultiDiscrete([2, 3]), spaces.MultiBinary(3)]
@@ -371,6 +372,14 @@ def test_compiled_agrees(env_id):
 @pytest.mark.parametrize("settings", [{"use_sde": True}, {"objective": "ppo_clip", "objective_kwargs": {"clip_range": 0.1}}])
 def test_compiled_agrees_on_variants(settings):
     assert_compiled_agrees(R2VPOOff, "MlpPolicy", lambda: gym.make("Pendulum-v1"), **settings)
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_compiled_agrees_on_censored_actions():
+    counters.clear()
+    assert_compiled_agrees(R2VPOOff, CensoredMlpPolicy, lambda: gym.make("Pendulum-v1"), ent_coef=0.01)
+    assert not counters["graph_break"]
 
 
 @needs_compiler
