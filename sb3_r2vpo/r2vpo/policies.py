@@ -24,7 +24,8 @@ class CensoredMlpPolicy(ActorCriticPolicy):
 
     SB3 clips a Gaussian's samples to the bounds of the action space, while ``MlpPolicy`` goes on to tell apart what has become
     one action; with a standard deviation of one and bounds of plus and minus one, that is a third of all samples. See
-    :func:`~sb3_r2vpo.r2vpo.distributions.censored_gaussian` for what it is good for.
+    :func:`~sb3_r2vpo.r2vpo.distributions.censored_gaussian` for what it is good for. R2VPO's ``compensate_entropy`` is derived
+    for a Gaussian that is not censored; here it is an approximation.
 
     Takes the arguments of ``ActorCriticPolicy``.
 
