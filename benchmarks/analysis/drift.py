@@ -6,7 +6,6 @@
 Swung up and at rest, the return differs by the place of the cart only: best in the middle, worst at the ends, 1.8 m away.
 """
 
-import argparse
 import os
 import sys
 from pathlib import Path
@@ -16,6 +15,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 import pandas as pd
 import torch as th
+from commands import run_command
 from matplotlib import pyplot as plt
 from stable_baselines3.common.vec_env import VecEnvWrapper, VecNormalize
 
@@ -98,12 +98,5 @@ def report() -> None:
     plt.close(figure)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=("record", "report"))
-    args = parser.parse_args()
-    {"record": record, "report": report}[args.command]()
-
-
 if __name__ == "__main__":
-    main()
+    run_command(__doc__, record, report)

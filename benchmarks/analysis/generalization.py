@@ -8,7 +8,6 @@ update of the algorithm, always from that same policy; all others tell what the 
 (rho - 1) times the normalised advantage.
 """
 
-import argparse
 import copy
 import os
 import sys
@@ -19,6 +18,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 import pandas as pd
 import torch as th
+from commands import run_command
 from stable_baselines3.common.callbacks import BaseCallback
 from tqdm import tqdm
 
@@ -93,7 +93,7 @@ def updates(model: R2VPO) -> list[dict[str, float]]:
 
 def record() -> None:
     th.set_num_threads(1)
-    constants = {"versions": package_versions(), "processor": processor()}
+    rows = []
     for task in TASKS:
         for name in METHOD_NAMES:
             for stop in STOPS:
@@ -101,9 +101,11 @@ def record() -> None:
                 model = make_model(algorithm, settings, task, SEED)
                 model.learn(N_TIMESTEPS, callback=StopAt(stop))
                 run = {"task": task, "method": name, "seed": SEED, "timesteps": model.num_timesteps}
-                rows = pd.DataFrame([{**run, **row, **constants} for row in updates(model)])
-                rows.to_csv(RESULTS, mode="a", header=not RESULTS.exists(), index=False)
+                rows += [{**run, **row} for row in updates(model)]
                 model.env.close()
+    table = pd.DataFrame(rows)
+    table["versions"], table["processor"] = package_versions(), processor()
+    table.to_csv(RESULTS, index=False)
 
 
 def report() -> None:
@@ -118,12 +120,5 @@ def report() -> None:
     write_tables(HERE / "README.md", {"generalization": table})
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=("record", "report"))
-    args = parser.parse_args()
-    {"record": record, "report": report}[args.command]()
-
-
 if __name__ == "__main__":
-    main()
+    run_command(__doc__, record, report)

@@ -7,7 +7,6 @@ After each update of PPO, R2VPO and R2VPOOff on cheetah-run, the ratios between 
 stored rollouts are taken over all their steps: divergences, what clipping would have cut off, and quantiles.
 """
 
-import argparse
 import csv
 import os
 import sys
@@ -19,6 +18,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 import pandas as pd
 import torch as th
+from commands import run_command
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from stable_baselines3.common.callbacks import BaseCallback
@@ -182,12 +182,5 @@ def report() -> None:
         plt.close(figure)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = {"record": record, "report": report}
-    parser.add_argument("command", choices=commands)
-    commands[parser.parse_args().command]()
-
-
 if __name__ == "__main__":
-    main()
+    run_command(__doc__, record, report)

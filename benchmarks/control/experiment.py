@@ -71,15 +71,16 @@ class Method:
 
 #: What PPO, which is compared bit for bit, does without
 COMPILED = {"compile": True}
+# R2VPOOff's schedule of the entropy bonus, with PPO's own bonus as its mean
+ANNEALED = {"ent_coef": "lin_0.02"}
 CENSORED = {"policy": "sb3_r2vpo.r2vpo.CensoredMlpPolicy"}
 METHODS: dict[str, Method] = {
     "ppo": Method(PPO, without=()),
-    # R2VPOOff's schedule of the entropy bonus, with PPO's own bonus as its mean
-    "ppo_annealed": Method(PPO, without=(), own={"ent_coef": "lin_0.02"}),
+    "ppo_annealed": Method(PPO, without=(), own=ANNEALED),
     "r2vpo": Method(R2VPO, "r2vpo", without=(), own=COMPILED),
     "r2vpo_off": Method(R2VPOOff, "r2vpo_off", without=(), own=COMPILED),
     # With the probabilities of the actions that the environment gets; so far on walker-run and cheetah-run only
-    "ppo_annealed_censored": Method(PPO, without=(), own={"ent_coef": "lin_0.02", **CENSORED, **COMPILED}),
+    "ppo_annealed_censored": Method(PPO, without=(), own={**ANNEALED, **CENSORED, **COMPILED}),
     "r2vpo_off_censored": Method(R2VPOOff, "r2vpo_off", without=(), own={**CENSORED, **COMPILED}),
     # What R2VPO's settings have besides its objective
     "ppo_recompute": Method(PPO, without=(), own={"recompute_advantages": True}),
