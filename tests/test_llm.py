@@ -551,7 +551,7 @@ def test_save_and_load(tmp_path, algorithm):
     model = algorithm(CausalLMPolicy, env, **SEQUENCES, policy_kwargs={"model": str(tmp_path / "base")})
     model.learn(32)
     model.save(tmp_path / "model")
-    loaded = algorithm.load(tmp_path / "model", env=env)
+    loaded = algorithm.load(tmp_path / "model", env=env, device=model.device)
     th.testing.assert_close(loaded.policy.state_dict(), model.policy.state_dict(), atol=0, rtol=0)
     loaded.learn(16)
 

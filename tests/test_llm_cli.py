@@ -12,7 +12,7 @@ transformers = pytest.importorskip("transformers")
 from test_llm_tasks import byte_tokenizer  # noqa: E402
 
 from sb3_r2vpo import R2VPO, R2VPOOff  # noqa: E402
-from sb3_r2vpo.llm import CausalLMPolicy, TokenVecEnv  # noqa: E402
+from sb3_r2vpo.llm import CausalLMPolicy, TokenVecEnv, cli  # noqa: E402
 from sb3_r2vpo.llm.checkpoint import CheckpointCallback, list_checkpoints, load_checkpoint  # noqa: E402
 from sb3_r2vpo.llm.cli import load_config, main, make_task  # noqa: E402
 from sb3_r2vpo.llm.tasks import BiasedTeacherTask  # noqa: E402
@@ -45,8 +45,15 @@ def config_path(tmp_path):
     return path
 
 
-def test_train_resume_eval_generate(config_path, tmp_path, capsys):
+def test_train_resume_eval_generate(config_path, tmp_path, capsys, monkeypatch):
     folder = tmp_path / "run"
+    devices = []
+
+    def load(*args, device, **kwargs):
+        devices.append(device)
+        return load_checkpoint(*args, device=device, **kwargs)
+
+    monkeypatch.setattr(cli, "load_checkpoint", load)
     main(["train", str(config_path), "--folder", str(folder)])
     assert [path.name for path in list_checkpoints(folder)] == ["checkpoint_16", "checkpoint_24"]
     events = EventAccumulator(str(folder)).Reload()
@@ -58,6 +65,7 @@ def test_train_resume_eval_generate(config_path, tmp_path, capsys):
     # Once more from the checkpoint before the last rollout: the same weights
     main(["train", str(config_path), "--folder", str(folder)])
     assert "Going on from" in capsys.readouterr().out
+    assert devices == ["cpu"], "on the device that the file names, not on a GPU that happens to be there"
     resumed = transformers.AutoModelForCausalLM.from_pretrained(folder / "model").state_dict()
     th.testing.assert_close(resumed, weights, atol=0, rtol=0)
 

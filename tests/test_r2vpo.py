@@ -332,7 +332,7 @@ def test_multiplier_can_be_fixed_on_loading(tmp_path):
 def test_on_policy_model_goes_on_off_policy(tmp_path):
     model = R2VPO("MlpPolicy", "CartPole-v1", **SMALL).learn(64)
     model.save(tmp_path / "model")
-    loaded = R2VPOOff.load(tmp_path / "model", env=gym.make("CartPole-v1"), replay_capacity=3)
+    loaded = R2VPOOff.load(tmp_path / "model", env=gym.make("CartPole-v1"), replay_capacity=3, device="cpu")
     assert th.equal(weights(model), weights(loaded))
     loaded.learn(96)
     assert len(loaded.replay_buffer) == 3

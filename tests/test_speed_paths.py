@@ -13,6 +13,7 @@ from helpers import SMALL, VECTOR, RandomEnv, logged, weights
 from stable_baselines3 import PPO
 from stable_baselines3.common.buffers import DictRolloutBuffer, RolloutBuffer
 from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.logger import configure
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.utils import LinearSchedule
 from torch._dynamo.utils import counters
@@ -469,10 +470,33 @@ def test_minibatches_are_not_waited_for(env_id, target_kl, reads_per_minibatch, 
 @pytest.mark.skipif(not th.cuda.is_available(), reason="no CUDA device")
 def test_minibatch_loop_does_not_wait_for_the_gpu():
     model = R2VPO("MlpPolicy", "Pendulum-v1", **(SMALL | {"device": "cuda"})).learn(32)
-    minibatches, target_variance = list(model._minibatches()), th.tensor(0.02, device="cuda")
+    minibatches, coefficients = list(model._minibatches()), model._objective_coefficients()
+    ent_coef, target_variance = th.tensor([0.0, 0.02], device="cuda")
     th.cuda.set_sync_debug_mode("error")
     try:
         for rollout_data in minibatches:
-            model._step(rollout_data, model._objective_coefficients(), th.tensor(0.0, device="cuda"), None, target_variance)
+            model._step(rollout_data, coefficients, ent_coef, None, target_variance)
     finally:
         th.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.skipif(not th.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize(("algorithm", "settings"), [(R2VPO, {}), (R2VPOOff, {"replay_capacity": 1})])
+def test_updates_on_a_gpu_are_those_of_the_cpu(algorithm, settings, compile, tmp_path):
+    on_cpu = algorithm("MlpPolicy", "Pendulum-v1", **(SMALL | {"n_epochs": 1} | settings)).learn(64)
+    on_cpu.save(tmp_path / "model")
+    on_gpu = algorithm.load(tmp_path / "model", env=on_cpu.get_env(), device="cuda", compile=compile)
+    on_gpu.set_logger(configure())
+    # The last rollout once more: actions that are sampled on two devices differ
+    on_gpu.rollout_buffer = copy.deepcopy(on_cpu.rollout_buffer)
+    on_gpu.rollout_buffer.device = on_gpu.device
+    for model in (on_cpu, on_gpu):
+        np.random.seed(0)
+        model.train()
+    assert weights(on_gpu).device.type == "cuda"
+    # As for the compiled step: single precision, and Adam's step is all sign where a gradient is almost zero
+    th.testing.assert_close(weights(on_gpu).cpu(), weights(on_cpu), rtol=1e-3, atol=1e-4)
+    on_gpu.learn(64)
+    on_gpu.save(tmp_path / "model")
+    assert th.equal(weights(algorithm.load(tmp_path / "model", device="cpu")), weights(on_gpu).cpu())

@@ -121,7 +121,7 @@ def train(config: dict[str, Any], folder: Path) -> None:
     checkpoints = list_checkpoints(folder)
     if checkpoints:
         print(f"Going on from {checkpoints[-1]}")
-        model = load_checkpoint(algorithm, checkpoints[-1], env)
+        model = load_checkpoint(algorithm, checkpoints[-1], env, device=arguments.get("device", "auto"))
     else:
         model = algorithm(CausalLMPolicy, env, policy_kwargs=config["policy"], **arguments)
     model.set_logger(configure(str(folder), ["stdout", "tensorboard"]))
