@@ -35,8 +35,8 @@ def compiled(function: Callable[P, T]) -> Callable[P, T]:
                 return compiled_function(*args, **kwargs)
         except BackendCompilerFailed as error:
             raise RuntimeError(
-                "`compile=True` needs a working C++ compiler (`g++` or `clang++`, or what the environment variable `CXX` "
-                "names), and Triton on a GPU. Install one, or pass `compile=False`."
+                "`compile=True` failed: it needs a working C++ compiler (`g++` or `clang++`, or what the environment variable "
+                "`CXX` names), and Triton on a GPU, whose own error is above. Install one, or pass `compile=False`."
             ) from error
 
     return call

@@ -101,11 +101,13 @@ def make_learner(arm: str, policy: str, env: Any, net_arch: list[int], **setting
     return learners[arm]()
 
 
-def make_update(arm: str, setting: str) -> Callable[[], tuple[float, float]]:
+def make_update(arm: str, setting: str, device: str = "cpu") -> Callable[[], tuple[float, float]]:
     """:return: A function that times one update, in microseconds of wall and of CPU time for each minibatch"""
     policy, net_arch, observation_space, action_space, n_steps, batch_size, n_epochs = SETTINGS[setting]
     env = RandomEnv(observation_space, action_space)
-    learner = make_learner(arm, policy, env, net_arch, n_steps=n_steps, batch_size=batch_size, n_epochs=n_epochs)
+    # sbx has no `device`
+    settings = {} if device == "cpu" else {"device": device}
+    learner = make_learner(arm, policy, env, net_arch, n_steps=n_steps, batch_size=batch_size, n_epochs=n_epochs, **settings)
     n_minibatches = n_epochs * n_steps // batch_size
     # Warm: compiled, allocated, and with a full replay
     learner.learn(n_steps * getattr(learner, "replay_capacity", 1))
@@ -192,17 +194,24 @@ def update_table(sbx_python: str | None = None, rounds: int = 6) -> list[dict[st
             arms["sbx PPO"] = make_remote_update(sbx_python, setting)
         if setting.startswith("MLP"):
             arms["(matrix products alone)"] = matrix_products(setting)
-        times = interleave(arms, rounds)
-        reference = [median(column) for column in zip(*times["SB3 PPO"], strict=True)]
-        for name, values in times.items():
-            wall, cpu = (median(column) for column in zip(*values, strict=True))
-            rows.append({
-                "setting": setting, "arm": name, "wall_us": round(wall), "cpu_us": round(cpu),
-                "speedup_wall": round(reference[0] / wall, 2), "speedup_cpu": round(reference[1] / cpu, 2), "load": load(),
-            })  # fmt: skip
-            print(rows[-1], flush=True)
+        rows += compare_updates(setting, arms, rounds)
         if sbx_python and "sbx PPO" in arms:
             arms["sbx PPO"].process.stdin.close()
+    return rows
+
+
+def compare_updates(setting: str, arms: dict[str, Callable[[], Any]], rounds: int) -> list[dict[str, Any]]:
+    """:return: A row for each arm, beside "SB3 PPO" """
+    times = interleave(arms, rounds)
+    reference = [median(column) for column in zip(*times["SB3 PPO"], strict=True)]
+    rows = []
+    for name, values in times.items():
+        wall, cpu = (median(column) for column in zip(*values, strict=True))
+        rows.append({
+            "setting": setting, "arm": name, "wall_us": round(wall), "cpu_us": round(cpu),
+            "speedup_wall": round(reference[0] / wall, 2), "speedup_cpu": round(reference[1] / cpu, 2), "load": load(),
+        })  # fmt: skip
+        print(rows[-1], flush=True)
     return rows
 
 
@@ -360,9 +369,16 @@ TABLES: dict[str, Callable[..., list[dict[str, Any]]]] = {
 }
 
 
+def write_rows(name: str, rows: list[dict[str, Any]]) -> None:
+    with (HERE / "results" / f"{name}.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
 def read_tables() -> dict[str, list[list[str]]]:
-    """The tables that have been measured."""
-    paths = {name: HERE / "results" / f"{name}.csv" for name in TABLES}
+    """The tables that have been measured; "gpu" is that of gpu.py."""
+    paths = {name: HERE / "results" / f"{name}.csv" for name in (*TABLES, "gpu")}
     return {name: list(csv.reader(path.open())) for name, path in paths.items() if path.exists()}
 
 
@@ -391,11 +407,7 @@ def main() -> None:
     )
     for name in arguments.tables or TABLES:
         options = {"sbx_python": arguments.sbx_python} if name == "update" else {}
-        rows = TABLES[name](**options)
-        with (HERE / "results" / f"{name}.csv").open("w", newline="") as file:
-            writer = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
+        write_rows(name, TABLES[name](**options))
     write_tables(HERE / "README.md", read_tables())
 
 
