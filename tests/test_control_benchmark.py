@@ -215,7 +215,19 @@ def test_either_policy_is_compared_on_the_seeds_that_have_both():
     rows = [row for seed in (0, 1, 2) for row in rows_of("r2vpo_off", "walker-run", seed, 0.1 * (seed + 1))]
     rows += [row for seed in (1, 2, 3) for row in rows_of("r2vpo_off_censored", "walker-run", seed, 0.1 * (seed + 3))]
     expected = ["walker-run", "R2VPOOff", "1, 2", "250 (200, 300)", "450 (400, 500)"]
-    assert report.censored_table([{**row, "seed": str(row["seed"])} for row in rows])[1:] == [expected]
+    rows = [{**row, "seed": str(row["seed"])} for row in rows]
+    assert report.policies_table(rows, "censored", "CensoredMlpPolicy")[1:] == [expected]
+    # With all tasks, the IQM of the seeds that all of them have
+    rows += [
+        {**row, "seed": "2"}
+        for task in report.TASKS
+        for method, score in (("r2vpo_off", 0.1), ("r2vpo_off_censored", 0.2))
+        for row in rows_of(method, task, 2, score)
+        if task != "walker-run"
+    ]
+    table = report.policies_table(rows, "censored", "CensoredMlpPolicy")
+    assert table[0] == ["task", "method", "seeds", "`MlpPolicy`", "`CensoredMlpPolicy`"]
+    assert table[-1] == ["IQM", "R2VPOOff", "2", "0.100", "0.200"]
 
 
 def test_every_value_of_a_coefficient_takes_the_place_of_the_methods_own():

@@ -74,6 +74,11 @@ COMPILED = {"compile": True}
 # R2VPOOff's schedule of the entropy bonus, with PPO's own bonus as its mean
 ANNEALED = {"ent_coef": "lin_0.02"}
 CENSORED = {"policy": "sb3_r2vpo.r2vpo.CensoredMlpPolicy"}
+# Three layers in place of two, the first one normalised, and a standard deviation of one at first, as `MlpPolicy` has
+LAYER_NORM = {
+    "policy": "sb3_r2vpo.r2vpo.LayerNormMlpPolicy",
+    "policy_kwargs": {"net_arch": [128, 128], "features_extractor_kwargs": {"features_dim": 128}, "log_std_init": 0.0},
+}
 METHODS: dict[str, Method] = {
     "ppo": Method(PPO, without=()),
     "ppo_annealed": Method(PPO, without=(), own=ANNEALED),
@@ -82,6 +87,8 @@ METHODS: dict[str, Method] = {
     # With the probabilities of the actions that the environment gets; so far on walker-run and cheetah-run only
     "ppo_annealed_censored": Method(PPO, without=(), own={**ANNEALED, **CENSORED, **COMPILED}),
     "r2vpo_off_censored": Method(R2VPOOff, "r2vpo_off", without=(), own={**CENSORED, **COMPILED}),
+    "ppo_annealed_layer_norm": Method(PPO, without=(), own={**ANNEALED, **LAYER_NORM, **COMPILED}),
+    "r2vpo_off_layer_norm": Method(R2VPOOff, "r2vpo_off", without=(), own={**LAYER_NORM, **COMPILED}),
     # What R2VPO's settings have besides its objective
     "ppo_recompute": Method(PPO, without=(), own={"recompute_advantages": True}),
     # As in the paper, but for the coefficient

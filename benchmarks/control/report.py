@@ -40,6 +40,8 @@ LABELS = {
     "ppo_recompute": "PPO, advantages recomputed",
     "ppo_annealed_censored": "PPO, annealed entropy bonus, `CensoredMlpPolicy`",
     "r2vpo_off_censored": "R2VPOOff, `CensoredMlpPolicy`",
+    "ppo_annealed_layer_norm": "PPO, annealed entropy bonus, `LayerNormMlpPolicy`",
+    "r2vpo_off_layer_norm": "R2VPOOff, `LayerNormMlpPolicy`",
     "spo": "SPO",
     "exact_kl": "exact KL",
     "trpo": "TRPO",
@@ -223,19 +225,32 @@ def hard_table(rows: list[dict[str, str]]) -> list[list[str]]:
     return table
 
 
-def censored_table(rows: list[dict[str, str]]) -> list[list[str]]:
-    """Final returns with either policy, of the same seeds, on the tasks that have been run with both."""
+def policies_table(rows: list[dict[str, str]], suffix: str, policy: str) -> list[list[str]]:
+    """
+    Final returns with either policy, of the same seeds, on the tasks that have been run with both.
+
+    :param rows: Of `evaluations.csv`
+    :param suffix: What the names of methods with the other policy end with
+    :param policy: Its class
+    """
     final: dict[tuple[str, str], dict[str, float]] = defaultdict(dict)
     for row in rows:
         final[row["task"], row["method"]][row["seed"]] = float(row["mean_return"])
-    table = [["task", "method", "seeds", "`MlpPolicy`", "`CensoredMlpPolicy`"]]
+    table = [["task", "method", "seeds", "`MlpPolicy`", f"`{policy}`"]]
     for task, method in product(TASKS, MAIN_METHODS):
-        either, censored = final[task, method], final[task, f"{method}_censored"]
-        seeds = sorted(either.keys() & censored.keys())
+        runs, others = final[task, method], final[task, f"{method}_{suffix}"]
+        seeds = sorted(runs.keys() & others.keys())
         if seeds:
-            returns = (np.array([runs[seed] for seed in seeds]) for runs in (either, censored))
+            returns = (np.array([of[seed] for seed in seeds]) for of in (runs, others))
             cells = [f"{values.mean():.0f} ({', '.join(f'{value:.0f}' for value in values)})" for values in returns]
             table.append([task, LABELS[method], ", ".join(seeds), *cells])
+    for method in MAIN_METHODS:
+        names = (method, f"{method}_{suffix}")
+        seeds = sorted(set.intersection(*(set(final[task, name]) for task, name in product(TASKS, names))))
+        if seeds:
+            scores = ([[final[task, name][seed] / MAX_RETURN for task in TASKS] for seed in seeds] for name in names)
+            cells = [f"{metrics.aggregate_iqm(np.array(score)):.3f}" for score in scores]
+            table.append(["IQM", LABELS[method], ", ".join(seeds), *cells])
     return table
 
 
@@ -325,7 +340,8 @@ def main() -> None:
             "annealed": annealed_table(scores),
             "pairs": pairs_table(scores),
             "hard tasks": hard_table(rows),
-            "censored": censored_table(rows),
+            "censored": policies_table(rows, "censored", "CensoredMlpPolicy"),
+            "layer norm": policies_table(rows, "layer_norm", "LayerNormMlpPolicy"),
             "cost": cost_table(),
         },
     )
