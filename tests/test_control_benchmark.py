@@ -216,7 +216,7 @@ def test_either_policy_is_compared_on_the_seeds_that_have_both():
     rows += [row for seed in (1, 2, 3) for row in rows_of("r2vpo_off_censored", "walker-run", seed, 0.1 * (seed + 3))]
     expected = ["walker-run", "R2VPOOff", "1, 2", "250 (200, 300)", "450 (400, 500)"]
     rows = [{**row, "seed": str(row["seed"])} for row in rows]
-    assert report.policies_table(rows, "censored", "CensoredMlpPolicy")[1:] == [expected]
+    assert report.policies_table(rows, "censored", "`CensoredMlpPolicy`")[1:] == [expected]
     # With all tasks, the IQM of the seeds that all of them have
     rows += [
         {**row, "seed": "2"}
@@ -225,7 +225,7 @@ def test_either_policy_is_compared_on_the_seeds_that_have_both():
         for row in rows_of(method, task, 2, score)
         if task != "walker-run"
     ]
-    table = report.policies_table(rows, "censored", "CensoredMlpPolicy")
+    table = report.policies_table(rows, "censored", "`CensoredMlpPolicy`")
     assert table[0] == ["task", "method", "seeds", "`MlpPolicy`", "`CensoredMlpPolicy`"]
     assert table[-1] == ["IQM", "R2VPOOff", "2", "0.100", "0.200"]
 

@@ -79,6 +79,8 @@ LAYER_NORM = {
     "policy": "sb3_r2vpo.r2vpo.LayerNormMlpPolicy",
     "policy_kwargs": {"net_arch": [128, 128], "features_extractor_kwargs": {"features_dim": 128}, "log_std_init": 0.0},
 }
+# `MlpPolicy` has two
+THREE_LAYERS = {"policy_kwargs": {"net_arch": [128, 128, 128]}}
 METHODS: dict[str, Method] = {
     "ppo": Method(PPO, without=()),
     "ppo_annealed": Method(PPO, without=(), own=ANNEALED),
@@ -89,6 +91,8 @@ METHODS: dict[str, Method] = {
     "r2vpo_off_censored": Method(R2VPOOff, "r2vpo_off", without=(), own={**CENSORED, **COMPILED}),
     "ppo_annealed_layer_norm": Method(PPO, without=(), own={**ANNEALED, **LAYER_NORM, **COMPILED}),
     "r2vpo_off_layer_norm": Method(R2VPOOff, "r2vpo_off", without=(), own={**LAYER_NORM, **COMPILED}),
+    "ppo_annealed_three_layers": Method(PPO, without=(), own={**ANNEALED, **THREE_LAYERS, **COMPILED}),
+    "r2vpo_off_three_layers": Method(R2VPOOff, "r2vpo_off", without=(), own={**THREE_LAYERS, **COMPILED}),
     # What R2VPO's settings have besides its objective
     "ppo_recompute": Method(PPO, without=(), own={"recompute_advantages": True}),
     # As in the paper, but for the coefficient

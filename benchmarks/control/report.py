@@ -42,6 +42,8 @@ LABELS = {
     "r2vpo_off_censored": "R2VPOOff, `CensoredMlpPolicy`",
     "ppo_annealed_layer_norm": "PPO, annealed entropy bonus, `LayerNormMlpPolicy`",
     "r2vpo_off_layer_norm": "R2VPOOff, `LayerNormMlpPolicy`",
+    "ppo_annealed_three_layers": "PPO, annealed entropy bonus, three layers",
+    "r2vpo_off_three_layers": "R2VPOOff, three layers",
     "spo": "SPO",
     "exact_kl": "exact KL",
     "trpo": "TRPO",
@@ -227,16 +229,16 @@ def hard_table(rows: list[dict[str, str]]) -> list[list[str]]:
 
 def policies_table(rows: list[dict[str, str]], suffix: str, policy: str) -> list[list[str]]:
     """
-    Final returns with either policy, of the same seeds, on the tasks that have been run with both.
+    Final returns with the comparison's policy and with another one, of the same seeds, on the tasks that have been run with both.
 
     :param rows: Of `evaluations.csv`
     :param suffix: What the names of methods with the other policy end with
-    :param policy: Its class
+    :param policy: What heads its column
     """
     final: dict[tuple[str, str], dict[str, float]] = defaultdict(dict)
     for row in rows:
         final[row["task"], row["method"]][row["seed"]] = float(row["mean_return"])
-    table = [["task", "method", "seeds", "`MlpPolicy`", f"`{policy}`"]]
+    table = [["task", "method", "seeds", "`MlpPolicy`", policy]]
     for task, method in product(TASKS, MAIN_METHODS):
         runs, others = final[task, method], final[task, f"{method}_{suffix}"]
         seeds = sorted(runs.keys() & others.keys())
@@ -340,8 +342,9 @@ def main() -> None:
             "annealed": annealed_table(scores),
             "pairs": pairs_table(scores),
             "hard tasks": hard_table(rows),
-            "censored": policies_table(rows, "censored", "CensoredMlpPolicy"),
-            "layer norm": policies_table(rows, "layer_norm", "LayerNormMlpPolicy"),
+            "censored": policies_table(rows, "censored", "`CensoredMlpPolicy`"),
+            "three layers": policies_table(rows, "three_layers", "three layers"),
+            "layer norm": policies_table(rows, "layer_norm", "`LayerNormMlpPolicy`"),
             "cost": cost_table(),
         },
     )
