@@ -229,7 +229,7 @@ def hard_table(rows: list[dict[str, str]]) -> list[list[str]]:
 
 def policies_table(rows: list[dict[str, str]], suffix: str, policy: str) -> list[list[str]]:
     """
-    Final returns with the comparison's policy and with another one, of the same seeds, on the tasks that have been run with both.
+    Final returns with the policy of the comparison and with another one, of the same seeds, on tasks that were run with both.
 
     :param rows: Of `evaluations.csv`
     :param suffix: What the names of methods with the other policy end with
