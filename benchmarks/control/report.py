@@ -331,6 +331,7 @@ def main() -> None:
         {
             "finals": tuning_table("finals.csv", "finalist"),
             "coefficients": tuning_table("coefficients.csv", "coefficient"),
+            "networks": tuning_table("networks.csv", "network"),
         },
     )
     write_tables(
