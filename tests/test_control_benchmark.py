@@ -172,6 +172,9 @@ def test_report_writes_tables_and_figures(tmp_path, monkeypatch):
     (tmp_path / "results" / "coefficients.csv").write_text(
         "seed,task,method,coefficient,mean_return\n0,walker-run,spo,0.1,50\n0,cheetah-run,spo,0.1,500\n0,cheetah-run,spo,0.2,400\n"
     )
+    (tmp_path / "results" / "networks.csv").write_text(
+        "seed,task,method,network,mean_return\n301,walker-run,ppo_annealed,wide,700\n302,walker-run,ppo_annealed,wide,600\n"
+    )
     (tmp_path / "results" / "cost.csv").write_text(
         "arm,wall_us_a_step,cpu_us_a_step,over_sb3_ppo_wall,over_sb3_ppo_cpu\nPPO,200.4,100,1,1\nR2VPO,100,90,0.5,0.9\n"
     )
@@ -195,6 +198,8 @@ def test_report_writes_tables_and_figures(tmp_path, monkeypatch):
     assert "| SPO | 1 |" not in text
     assert text.count("| PPO | best | 82 |  |  |\n| R2VPO | best | 80 | 600 | 340 |") == 1
     assert text.count("| SPO | 0.1 | 50 | 500 | 275 |\n| SPO | 0.2 |  | 400 |  |") == 1
+    # The mean of two seeds
+    assert text.count("| PPO, annealed entropy bonus | wide | 650 | 650 |") == 1
     assert text.count("| PPO | 200 | 100 | 1.00 | 1.00 |\n| R2VPO | 100 | 90 | 0.50 | 0.90 |") == 1
     assert text.count("| cheetah-run | 500 ± 0 | **750 ± 0** |") == 1
     assert text.count("| IQM (95% interval) | 0.250 (0.250 to 0.250) | 0.350 (0.350 to 0.350) | ") == 1

@@ -64,6 +64,7 @@ PAIRS = (
     ("r2vpo_off", "ppo_annealed"),
     ("r2vpo_off", "r2vpo"),
     ("ppo_annealed", "ppo"),
+    ("r2vpo_off_layer_norm", "ppo_annealed_layer_norm"),
 )
 
 #: Score of each evaluation of each run: an array of shape (seeds, tasks, evaluations) for each method
