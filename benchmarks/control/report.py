@@ -286,8 +286,10 @@ def draw_aggregates(scores: Scores) -> None:
     figure, (curve_ax, profile_ax) = plt.subplots(1, 2, figsize=(11, 4.6), layout="constrained")
     for method, curves in scores.items():
         points = {str(i): curves[..., i] for i in range(curves.shape[-1])}
-        bands = np.array(list(interval(points, metrics.aggregate_iqm).values())).T
-        draw_curve(curve_ax, method, STEPS, *bands)
+        if method in MAIN_METHODS:
+            draw_curve(curve_ax, method, STEPS, *np.array(list(interval(points, metrics.aggregate_iqm).values())).T)
+        else:
+            draw_curve(curve_ax, method, STEPS, np.array([metrics.aggregate_iqm(score) for score in points.values()]))
     curve_ax.set(xlabel="million steps", ylabel="IQM of scores, 95% interval", title="Sample efficiency")
     thresholds = np.linspace(0.0, 1.0, 101)
     final = {method: curves[..., -1] for method, curves in scores.items()}
@@ -300,12 +302,12 @@ def draw_aggregates(scores: Scores) -> None:
     save(figure, "aggregates")
 
 
-def draw_curve(ax: Axes, method: str, x: np.ndarray, middle: np.ndarray, low: np.ndarray, high: np.ndarray) -> None:
-    """The main methods with their band, the others as thin lines: seven bands could not be told apart."""
+def draw_curve(ax: Axes, method: str, x: np.ndarray, middle: np.ndarray, *band: np.ndarray) -> None:
+    """The main methods with their band, the others as thin lines: ten bands could not be told apart."""
     main = method in MAIN_METHODS
     (line,) = ax.plot(x, middle, label=LABELS[method], linestyle="-" if main else "--", linewidth=1.8 if main else 1.0)
     if main:
-        ax.fill_between(x, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
+        ax.fill_between(x, *band, color=line.get_color(), alpha=0.15, linewidth=0)
     ax.grid(alpha=0.3)
 
 
