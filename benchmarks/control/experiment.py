@@ -74,7 +74,7 @@ COMPILED = {"compile": True}
 # R2VPOOff's schedule of the entropy bonus, with PPO's own bonus as its mean
 ANNEALED = {"ent_coef": "lin_0.02"}
 CENSORED = {"policy": "sb3_r2vpo.r2vpo.CensoredMlpPolicy"}
-# Three layers, the first one normalised, and `MlpPolicy`'s initial standard deviation; so far one seed of six tasks
+# Three layers, the first one normalised, and `MlpPolicy`'s initial standard deviation; so far two seeds
 LAYER_NORM = {
     "policy": "sb3_r2vpo.r2vpo.LayerNormMlpPolicy",
     "policy_kwargs": {"net_arch": [128, 128], "features_extractor_kwargs": {"features_dim": 128}, "log_std_init": 0.0},
