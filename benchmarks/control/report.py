@@ -154,9 +154,9 @@ def summary_table(scores: Scores, cpu_seconds: dict[str, float]) -> list[list[st
 
 def annealed_table(scores: Scores) -> list[list[str]]:
     """The main methods against PPO with an entropy bonus that falls as R2VPOOff's does."""
-    columns = against(scores, "ppo_annealed")
+    columns = against({method: scores[method] for method in MAIN_METHODS if method in scores}, "ppo_annealed")
     header = ["method", "over annealed PPO", "P(better than annealed PPO)", "steps to annealed PPO's IQM"]
-    return [header, *([LABELS[method], *columns[method]] for method in MAIN_METHODS if method in scores)]
+    return [header, *([LABELS[method], *cells] for method, cells in columns.items())]
 
 
 def pairs_table(scores: Scores) -> list[list[str]]:
