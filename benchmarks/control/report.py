@@ -305,7 +305,8 @@ def draw_aggregates(scores: Scores) -> None:
 def draw_curve(ax: Axes, method: str, x: np.ndarray, middle: np.ndarray, *band: np.ndarray) -> None:
     """The main methods with their band, the others as thin lines: ten bands could not be told apart."""
     main = method in MAIN_METHODS
-    (line,) = ax.plot(x, middle, label=LABELS[method], linestyle="-" if main else "--", linewidth=1.8 if main else 1.0)
+    label = LABELS[method].replace("`", "")
+    (line,) = ax.plot(x, middle, label=label, linestyle="-" if main else "--", linewidth=1.8 if main else 1.0)
     if main:
         ax.fill_between(x, *band, color=line.get_color(), alpha=0.15, linewidth=0)
     ax.grid(alpha=0.3)
