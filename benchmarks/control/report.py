@@ -101,6 +101,11 @@ def interval(scores: dict[str, np.ndarray], statistic) -> dict[str, tuple[float,
     return estimates
 
 
+def iqm_path(curves: np.ndarray) -> np.ndarray:
+    """The IQM of each evaluation."""
+    return np.array([metrics.aggregate_iqm(curves[..., i]) for i in range(curves.shape[-1])])
+
+
 def with_interval(estimate: tuple[float, float, float], digits: int) -> str:
     value, low, high = (f"{number:.{digits}f}" for number in estimate)
     return f"{value} ({low} to {high})"
@@ -116,7 +121,7 @@ def against(scores: Scores, baseline: str) -> dict[str, list[str]]:
     improvement = interval(pairs, metrics.probability_of_improvement) if pairs else {}
     columns = {}
     for method, curves in scores.items():
-        path = np.array([metrics.aggregate_iqm(curves[..., i]) for i in range(curves.shape[-1])])
+        path = iqm_path(curves)
         reached = np.flatnonzero(path >= target)
         columns[method] = [
             f"{path[-1] / target:.2f}",
@@ -285,11 +290,10 @@ def draw_tasks(scores: Scores) -> None:
 def draw_aggregates(scores: Scores) -> None:
     figure, (curve_ax, profile_ax) = plt.subplots(1, 2, figsize=(11, 4.6), layout="constrained")
     for method, curves in scores.items():
-        points = {str(i): curves[..., i] for i in range(curves.shape[-1])}
-        if method in MAIN_METHODS:
-            draw_curve(curve_ax, method, STEPS, *np.array(list(interval(points, metrics.aggregate_iqm).values())).T)
-        else:
-            draw_curve(curve_ax, method, STEPS, np.array([metrics.aggregate_iqm(score) for score in points.values()]))
+        # `draw_curve` shows no other methods' bands, which take most of a report's time
+        points = {str(i): curves[..., i] for i in range(curves.shape[-1])} if method in MAIN_METHODS else {}
+        band = np.array([ends for _, *ends in interval(points, metrics.aggregate_iqm).values()]).T
+        draw_curve(curve_ax, method, STEPS, iqm_path(curves), *band)
     curve_ax.set(xlabel="million steps", ylabel="IQM of scores, 95% interval", title="Sample efficiency")
     thresholds = np.linspace(0.0, 1.0, 101)
     final = {method: curves[..., -1] for method, curves in scores.items()}
