@@ -175,6 +175,9 @@ def test_report_writes_tables_and_figures(tmp_path, monkeypatch):
     (tmp_path / "results" / "networks.csv").write_text(
         "seed,task,method,network,mean_return\n301,walker-run,ppo_annealed,wide,700\n302,walker-run,ppo_annealed,wide,600\n"
     )
+    (tmp_path / "results" / "exploration.csv").write_text(
+        "seed,task,method,exploration,mean_return\n301,walker-run,r2vpo_off,pink noise,475\n"
+    )
     (tmp_path / "results" / "cost.csv").write_text(
         "arm,wall_us_a_step,cpu_us_a_step,over_sb3_ppo_wall,over_sb3_ppo_cpu\nPPO,200.4,100,1,1\nR2VPO,100,90,0.5,0.9\n"
     )
@@ -200,6 +203,7 @@ def test_report_writes_tables_and_figures(tmp_path, monkeypatch):
     assert text.count("| SPO | 0.1 | 50 | 500 | 275 |\n| SPO | 0.2 |  | 400 |  |") == 1
     # The mean of two seeds
     assert text.count("| PPO, annealed entropy bonus | wide | 650 | 650 |") == 1
+    assert text.count("| R2VPOOff | pink noise | 475 | 475 |") == 1
     assert text.count("| PPO | 200 | 100 | 1.00 | 1.00 |\n| R2VPO | 100 | 90 | 0.50 | 0.90 |") == 1
     assert text.count("| cheetah-run | 500 ± 0 | **750 ± 0** |") == 1
     assert text.count("| IQM (95% interval) | 0.250 (0.250 to 0.250) | 0.350 (0.350 to 0.350) | ") == 1
@@ -221,9 +225,10 @@ def test_hard_tasks_are_reported_apart():
 def test_either_policy_is_compared_on_the_seeds_that_have_both():
     rows = [row for seed in (0, 1, 2) for row in rows_of("r2vpo_off", "walker-run", seed, 0.1 * (seed + 1))]
     rows += [row for seed in (1, 2, 3) for row in rows_of("r2vpo_off_censored", "walker-run", seed, 0.1 * (seed + 3))]
+    columns = {"`MlpPolicy`": "", "`CensoredMlpPolicy`": "_censored"}
     expected = ["walker-run", "R2VPOOff", "1, 2", "250 (200, 300)", "450 (400, 500)"]
     rows = [{**row, "seed": str(row["seed"])} for row in rows]
-    assert report.policies_table(rows, "censored", "`CensoredMlpPolicy`")[1:] == [expected]
+    assert report.policies_table(rows, columns)[1:] == [expected]
     # With all tasks, the IQM of the seeds that all of them have
     rows += [
         {**row, "seed": "2"}
@@ -232,7 +237,7 @@ def test_either_policy_is_compared_on_the_seeds_that_have_both():
         for row in rows_of(method, task, 2, score)
         if task != "walker-run"
     ]
-    table = report.policies_table(rows, "censored", "`CensoredMlpPolicy`")
+    table = report.policies_table(rows, columns)
     assert table[0] == ["task", "method", "seeds", "`MlpPolicy`", "`CensoredMlpPolicy`"]
     assert table[-1] == ["IQM", "R2VPOOff", "2", "0.100", "0.200"]
 

@@ -42,6 +42,8 @@ LABELS = {
     "r2vpo_off_censored": "R2VPOOff, `CensoredMlpPolicy`",
     "ppo_annealed_layer_norm": "PPO, annealed entropy bonus, `LayerNormMlpPolicy`",
     "r2vpo_off_layer_norm": "R2VPOOff, `LayerNormMlpPolicy`",
+    "ppo_annealed_layer_norm_half_rate": "PPO, annealed entropy bonus, `LayerNormMlpPolicy`, half of the learning rate",
+    "r2vpo_off_layer_norm_half_rate": "R2VPOOff, `LayerNormMlpPolicy`, half of the learning rate",
     "ppo_annealed_three_layers": "PPO, annealed entropy bonus, three layers",
     "r2vpo_off_three_layers": "R2VPOOff, three layers",
     "spo": "SPO",
@@ -65,6 +67,7 @@ PAIRS = (
     ("r2vpo_off", "r2vpo"),
     ("ppo_annealed", "ppo"),
     ("r2vpo_off_layer_norm", "ppo_annealed_layer_norm"),
+    ("r2vpo_off_layer_norm_half_rate", "ppo_annealed_layer_norm_half_rate"),
 )
 
 #: Score of each evaluation of each run: an array of shape (seeds, tasks, evaluations) for each method
@@ -233,27 +236,26 @@ def hard_table(rows: list[dict[str, str]]) -> list[list[str]]:
     return table
 
 
-def policies_table(rows: list[dict[str, str]], suffix: str, policy: str) -> list[list[str]]:
+def policies_table(rows: list[dict[str, str]], columns: dict[str, str]) -> list[list[str]]:
     """
-    Final returns with the policy of the comparison and with another one, of the same seeds, on tasks that were run with both.
+    Final returns with one policy and with others, of the same seeds, on tasks that were run with all.
 
     :param rows: Of `evaluations.csv`
-    :param suffix: What the names of methods with the other policy end with
-    :param policy: What heads its column
+    :param columns: Their heads, and what the names of methods with that policy end with
     """
     final: dict[tuple[str, str], dict[str, float]] = defaultdict(dict)
     for row in rows:
         final[row["task"], row["method"]][row["seed"]] = float(row["mean_return"])
-    table = [["task", "method", "seeds", "`MlpPolicy`", policy]]
+    table = [["task", "method", "seeds", *columns]]
     for task, method in product(TASKS, MAIN_METHODS):
-        runs, others = final[task, method], final[task, f"{method}_{suffix}"]
-        seeds = sorted(runs.keys() & others.keys())
+        runs = [final[task, method + suffix] for suffix in columns.values()]
+        seeds = sorted(set.intersection(*map(set, runs)))
         if seeds:
-            returns = (np.array([of[seed] for seed in seeds]) for of in (runs, others))
+            returns = (np.array([of[seed] for seed in seeds]) for of in runs)
             cells = [f"{values.mean():.0f} ({', '.join(f'{value:.0f}' for value in values)})" for values in returns]
             table.append([task, LABELS[method], ", ".join(seeds), *cells])
     for method in MAIN_METHODS:
-        names = (method, f"{method}_{suffix}")
+        names = [method + suffix for suffix in columns.values()]
         seeds = sorted(set.intersection(*(set(final[task, name]) for task, name in product(TASKS, names))))
         if seeds:
             scores = ([[final[task, name][seed] / MAX_RETURN for task in TASKS] for seed in seeds] for name in names)
@@ -340,6 +342,7 @@ def main() -> None:
             "finals": tuning_table("finals.csv", "finalist"),
             "coefficients": tuning_table("coefficients.csv", "coefficient"),
             "networks": tuning_table("networks.csv", "network"),
+            "exploration": tuning_table("exploration.csv", "exploration"),
         },
     )
     write_tables(
@@ -351,9 +354,10 @@ def main() -> None:
             "annealed": annealed_table(scores),
             "pairs": pairs_table(scores),
             "hard tasks": hard_table(rows),
-            "censored": policies_table(rows, "censored", "`CensoredMlpPolicy`"),
-            "three layers": policies_table(rows, "three_layers", "three layers"),
-            "layer norm": policies_table(rows, "layer_norm", "`LayerNormMlpPolicy`"),
+            "censored": policies_table(rows, {"`MlpPolicy`": "", "`CensoredMlpPolicy`": "_censored"}),
+            "three layers": policies_table(rows, {"`MlpPolicy`": "", "three layers": "_three_layers"}),
+            "layer norm": policies_table(rows, {"`MlpPolicy`": "", "`LayerNormMlpPolicy`": "_layer_norm"}),
+            "half rate": policies_table(rows, {"from 1e-3": "_layer_norm", "from 5e-4": "_layer_norm_half_rate"}),
             "cost": cost_table(),
         },
     )
