@@ -79,7 +79,7 @@ LAYER_NORM = {
     "policy": "sb3_r2vpo.r2vpo.LayerNormMlpPolicy",
     "policy_kwargs": {"net_arch": [128, 128], "features_extractor_kwargs": {"features_dim": 128}, "log_std_init": 0.0},
 }
-# The rate was tuned with two layers of tanh; half of it is better on walker-run for both methods (TUNING.md, step 13)
+# The rate was tuned with two layers of tanh; so far one seed with half of it
 HALF_RATE = {"learning_rate": "lin_5e-4"}
 # `MlpPolicy` has two; so far on cartpole-swingup_sparse only
 THREE_LAYERS = {"policy_kwargs": {"net_arch": [128, 128, 128]}}
