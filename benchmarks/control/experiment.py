@@ -5,7 +5,7 @@ import json
 import platform
 import time
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib.metadata import version
 from importlib.resources import files
@@ -73,30 +73,36 @@ class Method:
 COMPILED = {"compile": True}
 # R2VPOOff's schedule of the entropy bonus, with PPO's own bonus as its mean
 ANNEALED = {"ent_coef": "lin_0.02"}
-CENSORED = {"policy": "sb3_r2vpo.r2vpo.CensoredMlpPolicy"}
-# Three layers, the first one normalised, and `MlpPolicy`'s initial standard deviation; so far two seeds
+# Three layers, the first one normalised, and `MlpPolicy`'s initial standard deviation
 LAYER_NORM = {
     "policy": "sb3_r2vpo.r2vpo.LayerNormMlpPolicy",
     "policy_kwargs": {"net_arch": [128, 128], "features_extractor_kwargs": {"features_dim": 128}, "log_std_init": 0.0},
 }
-# The rate was tuned with two layers of tanh; so far one seed with half of it
-HALF_RATE = {"learning_rate": "lin_5e-4"}
-# `MlpPolicy` has two; so far on cartpole-swingup_sparse only
-THREE_LAYERS = {"policy_kwargs": {"net_arch": [128, 128, 128]}}
+#: Other policies than the comparison's, for annealed PPO and R2VPOOff alike, by what the names of both end with
+POLICIES: dict[str, Settings] = {
+    # The probabilities of the actions that the environment gets; so far on walker-run and cheetah-run only
+    "censored": {"policy": "sb3_r2vpo.r2vpo.CensoredMlpPolicy"},
+    # So far two seeds
+    "layer_norm": LAYER_NORM,
+    # The rate was tuned with two layers of tanh; so far one seed with half of it
+    "layer_norm_half_rate": {**LAYER_NORM, "learning_rate": "lin_5e-4"},
+    # `MlpPolicy` has two; so far on cartpole-swingup_sparse only
+    "three_layers": {"policy_kwargs": {"net_arch": [128, 128, 128]}},
+}
 METHODS: dict[str, Method] = {
     "ppo": Method(PPO, without=()),
     "ppo_annealed": Method(PPO, without=(), own=ANNEALED),
     "r2vpo": Method(R2VPO, "r2vpo", without=(), own=COMPILED),
     "r2vpo_off": Method(R2VPOOff, "r2vpo_off", without=(), own=COMPILED),
-    # With the probabilities of the actions that the environment gets; so far on walker-run and cheetah-run only
-    "ppo_annealed_censored": Method(PPO, without=(), own={**ANNEALED, **CENSORED, **COMPILED}),
-    "r2vpo_off_censored": Method(R2VPOOff, "r2vpo_off", without=(), own={**CENSORED, **COMPILED}),
-    "ppo_annealed_layer_norm": Method(PPO, without=(), own={**ANNEALED, **LAYER_NORM, **COMPILED}),
-    "r2vpo_off_layer_norm": Method(R2VPOOff, "r2vpo_off", without=(), own={**LAYER_NORM, **COMPILED}),
-    "ppo_annealed_layer_norm_half_rate": Method(PPO, without=(), own={**ANNEALED, **LAYER_NORM, **HALF_RATE, **COMPILED}),
-    "r2vpo_off_layer_norm_half_rate": Method(R2VPOOff, "r2vpo_off", without=(), own={**LAYER_NORM, **HALF_RATE, **COMPILED}),
-    "ppo_annealed_three_layers": Method(PPO, without=(), own={**ANNEALED, **THREE_LAYERS, **COMPILED}),
-    "r2vpo_off_three_layers": Method(R2VPOOff, "r2vpo_off", without=(), own={**THREE_LAYERS, **COMPILED}),
+}
+#: Those with five seeds
+MAIN_METHODS = tuple(METHODS)
+METHODS |= {
+    f"{name}_{policy}": replace(METHODS[name], own={**METHODS[name].own, **own, **COMPILED})
+    for policy, own in POLICIES.items()
+    for name in ("ppo_annealed", "r2vpo_off")
+}
+METHODS |= {
     # What R2VPO's settings have besides its objective
     "ppo_recompute": Method(PPO, without=(), own={"recompute_advantages": True}),
     # As in the paper, but for the coefficient
@@ -105,8 +111,6 @@ METHODS: dict[str, Method] = {
     "exact_kl": Method(R2VPO, own={"objective": "exact_kl", "objective_kwargs": {"kl_coef": 1.0}, **COMPILED}),
     "trpo": Method(TRPO, without=("clip_range", "n_epochs", "ent_coef"), own={"target_kl": 0.01}),
 }
-#: Those with five seeds
-MAIN_METHODS = ("ppo", "ppo_annealed", "r2vpo", "r2vpo_off")
 
 
 def in_our_loop(algorithm: type[OnPolicyAlgorithm], settings: Settings) -> tuple[type[OnPolicyAlgorithm], Settings]:

@@ -38,17 +38,20 @@ LABELS = {
     "annealed": "R2VPO, entropy compensated and annealed, advantages not recomputed",
     "r2vpo_fixed": "R2VPO, fixed λ",
     "ppo_recompute": "PPO, advantages recomputed",
-    "ppo_annealed_censored": "PPO, annealed entropy bonus, `CensoredMlpPolicy`",
-    "r2vpo_off_censored": "R2VPOOff, `CensoredMlpPolicy`",
-    "ppo_annealed_layer_norm": "PPO, annealed entropy bonus, `LayerNormMlpPolicy`",
-    "r2vpo_off_layer_norm": "R2VPOOff, `LayerNormMlpPolicy`",
-    "ppo_annealed_layer_norm_half_rate": "PPO, annealed entropy bonus, `LayerNormMlpPolicy`, half of the learning rate",
-    "r2vpo_off_layer_norm_half_rate": "R2VPOOff, `LayerNormMlpPolicy`, half of the learning rate",
-    "ppo_annealed_three_layers": "PPO, annealed entropy bonus, three layers",
-    "r2vpo_off_three_layers": "R2VPOOff, three layers",
     "spo": "SPO",
     "exact_kl": "exact KL",
     "trpo": "TRPO",
+}
+POLICY_LABELS = {
+    "censored": "`CensoredMlpPolicy`",
+    "layer_norm": "`LayerNormMlpPolicy`",
+    "layer_norm_half_rate": "`LayerNormMlpPolicy`, half of the learning rate",
+    "three_layers": "three layers",
+}
+LABELS |= {
+    f"{method}_{policy}": f"{LABELS[method]}, {label}"
+    for policy, label in POLICY_LABELS.items()
+    for method in ("ppo_annealed", "r2vpo_off")
 }
 
 #: Rows with other settings: those that R2VPOOff had before, and what was tried for R2VPO
@@ -67,7 +70,6 @@ PAIRS = (
     ("r2vpo_off", "r2vpo"),
     ("ppo_annealed", "ppo"),
     ("r2vpo_off_layer_norm", "ppo_annealed_layer_norm"),
-    ("r2vpo_off_layer_norm_half_rate", "ppo_annealed_layer_norm_half_rate"),
 )
 
 #: Score of each evaluation of each run: an array of shape (seeds, tasks, evaluations) for each method
@@ -354,9 +356,10 @@ def main() -> None:
             "annealed": annealed_table(scores),
             "pairs": pairs_table(scores),
             "hard tasks": hard_table(rows),
-            "censored": policies_table(rows, {"`MlpPolicy`": "", "`CensoredMlpPolicy`": "_censored"}),
-            "three layers": policies_table(rows, {"`MlpPolicy`": "", "three layers": "_three_layers"}),
-            "layer norm": policies_table(rows, {"`MlpPolicy`": "", "`LayerNormMlpPolicy`": "_layer_norm"}),
+            **{
+                policy.replace("_", " "): policies_table(rows, {"`MlpPolicy`": "", POLICY_LABELS[policy]: f"_{policy}"})
+                for policy in ("censored", "three_layers", "layer_norm")
+            },
             "half rate": policies_table(rows, {"from 1e-3": "_layer_norm", "from 5e-4": "_layer_norm_half_rate"}),
             "cost": cost_table(),
         },
