@@ -345,6 +345,7 @@ def main() -> None:
             "coefficients": tuning_table("coefficients.csv", "coefficient"),
             "networks": tuning_table("networks.csv", "network"),
             "exploration": tuning_table("exploration.csv", "exploration"),
+            "critics": tuning_table("critics.csv", "critic"),
         },
     )
     write_tables(
