@@ -178,6 +178,9 @@ def test_report_writes_tables_and_figures(tmp_path, monkeypatch):
     (tmp_path / "results" / "exploration.csv").write_text(
         "seed,task,method,exploration,mean_return\n301,walker-run,r2vpo_off,pink noise,475\n"
     )
+    (tmp_path / "results" / "critics.csv").write_text(
+        "seed,task,method,critic,mean_return\n301,walker-run,r2vpo_off,64 rollouts,384\n"
+    )
     (tmp_path / "results" / "cost.csv").write_text(
         "arm,wall_us_a_step,cpu_us_a_step,over_sb3_ppo_wall,over_sb3_ppo_cpu\nPPO,200.4,100,1,1\nR2VPO,100,90,0.5,0.9\n"
     )
@@ -204,6 +207,7 @@ def test_report_writes_tables_and_figures(tmp_path, monkeypatch):
     # The mean of two seeds
     assert text.count("| PPO, annealed entropy bonus | wide | 650 | 650 |") == 1
     assert text.count("| R2VPOOff | pink noise | 475 | 475 |") == 1
+    assert text.count("| R2VPOOff | 64 rollouts | 384 | 384 |") == 1
     assert text.count("| PPO | 200 | 100 | 1.00 | 1.00 |\n| R2VPO | 100 | 90 | 0.50 | 0.90 |") == 1
     assert text.count("| cheetah-run | 500 ± 0 | **750 ± 0** |") == 1
     assert text.count("| IQM (95% interval) | 0.250 (0.250 to 0.250) | 0.350 (0.350 to 0.350) | ") == 1
