@@ -11,6 +11,7 @@ seen. What such batches' gradients have in common with the mean gradient of the 
 import os
 import sys
 from pathlib import Path
+from unittest.mock import patch
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -58,13 +59,13 @@ def collect(model: R2VPOOff, n_steps: int) -> StoredRollout:
 
 def compute_advantages(model: R2VPOOff, critic: nn.Module | None, rollout: StoredRollout, gae_lambda: float) -> None:
     """Values, advantages and returns of a rollout by a critic; ``None`` for the model's own."""
-    if critic is not None:
-        # An attribute of the instance goes before the class's method
-        model.policy.predict_values = critic
     rollout.buffer.gae_lambda = gae_lambda
-    model._update_advantages(rollout)
-    if critic is not None:
-        del model.policy.predict_values
+    if critic is None:
+        model._update_advantages(rollout)
+        return
+    # Not the critic itself: a module would not take the place of the method
+    with patch.object(model.policy, "predict_values", lambda observations: critic(observations)):
+        model._update_advantages(rollout)
 
 
 def fit(model: R2VPOOff, rollout: StoredRollout, n_passes: int) -> nn.Module:
