@@ -1,4 +1,4 @@
-"""The measurement of `benchmarks/analysis/critics.py`: its estimators by hand, and that a critic takes the place of another."""
+"""The measurement of `benchmarks/analysis/critics.py`: its estimators by hand, and one critic in place of another."""
 
 import sys
 from pathlib import Path
@@ -13,7 +13,7 @@ from sb3_r2vpo import R2VPOOff
 pytest.importorskip("envpool")
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks" / "analysis"))
 
-import critics  # noqa: E402
+import critics
 
 
 class Constant(nn.Module):
