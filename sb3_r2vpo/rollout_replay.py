@@ -175,16 +175,26 @@ class RolloutReplayBuffer:
         """
         self.rollouts.append(rollout)
 
-    def passes(self, batch_size: int, n_passes: int) -> Iterator[Iterator[RolloutBufferSamples]]:
+    def newest(self, n_rollouts: int) -> list[StoredRollout]:
         """
-        Minibatches of all rollouts in random order: no step a second time before all have been drawn.
+        :param n_rollouts: Number of rollouts
+        :return: So many of the rollouts, or all if there are fewer, the oldest of them first
+        """
+        return list(self.rollouts)[-n_rollouts:]
+
+    def passes(
+        self, batch_size: int, n_passes: int, n_rollouts: int | None = None
+    ) -> Iterator[Iterator[RolloutBufferSamples]]:
+        """
+        Minibatches of rollouts in random order: no step a second time before all have been drawn.
 
         :param batch_size: Steps in a minibatch; the last one of all steps may be smaller
         :param n_passes: Number of passes, each of as many minibatches as the newest rollout has
-        :return: For each pass its minibatches, uniform over the whole buffer; to be drawn before those of the next
+        :param n_rollouts: Number of rollouts to draw from, the newest ones; ``None`` for the whole buffer
+        :return: For each pass its minibatches, uniform over the rollouts; to be drawn before those of the next
         """
         # Made once, however many passes there are
-        rollouts = [rollout.training_tensors() for rollout in self.rollouts]
+        rollouts = [rollout.training_tensors() for rollout in self.newest(n_rollouts or self.capacity)]
         per_pass = math.ceil(len(rollouts[-1].old_log_prob) / batch_size)
         minibatches = chain.from_iterable(shuffled_minibatches(rollouts, batch_size) for _ in repeat(None))
         return (islice(minibatches, per_pass) for _ in range(n_passes))

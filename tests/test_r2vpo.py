@@ -395,6 +395,13 @@ def test_bad_coefficients(algorithm, settings, message):
         ({"utd_ratio": -1.0}, "`utd_ratio` is -1.0"),
         ({"utd_ratio": math.nan}, "`utd_ratio` is nan"),
         ({"utd_ratio": math.inf}, "`utd_ratio` is inf"),
+        ({"critic_capacity": 0}, "`critic_capacity` is 0"),
+        ({"critic_capacity": 2.5}, "`critic_capacity` is 2.5"),
+        ({"critic_capacity": 8, "critic_epochs": 0}, "`critic_epochs` is 0"),
+        ({"critic_capacity": 8, "critic_gae_lambda": 1.5}, "`critic_gae_lambda` is 1.5"),
+        ({"critic_gae_lambda": 0.95}, "pass `critic_capacity`"),
+        ({"critic_capacity": 8, "recompute_advantages": False}, "needs `recompute_advantages=True`"),
+        ({"critic_capacity": 8, "clip_range_vf": 0.2}, "`clip_range_vf` is for a critic that learns with the policy"),
     ],
 )
 def test_bad_replay_settings(settings, message):
@@ -656,6 +663,121 @@ def test_foreign_replay_buffers_are_refused(tmp_path):
     with pytest.raises(ValueError, match="holds a dict, not a RolloutReplayBuffer"):
         model.load_replay_buffer(tmp_path / "other")
     assert len(model.replay_buffer) == 1
+
+
+# --- a critic that learns apart ----------------------------------------------------------------------------------------
+
+
+def apart(**settings) -> R2VPOOff:
+    return pendulum_off(**({"critic_capacity": 4, "replay_capacity": 2, "critic_epochs": 3} | settings))
+
+
+def named_weights(model: R2VPOOff) -> dict[str, th.Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in model.policy.named_parameters()}
+
+
+@pytest.mark.parametrize("compile", [False, True])
+def test_critic_and_policy_learn_apart(compile, monkeypatch):
+    """The critic's steps change the critic alone, and the policy's the policy alone."""
+    model = apart(compile=compile)
+    before, after_critic = {}, {}
+    train_critic = model._train_critic
+
+    def observed():
+        before.update(named_weights(model))
+        train_critic()
+        after_critic.update(named_weights(model))
+
+    monkeypatch.setattr(model, "_train_critic", observed)
+    model.learn(2 * 250)
+    for name, parameter in named_weights(model).items():
+        is_critic = "value" in name
+        assert th.equal(before[name], after_critic[name]) != is_critic
+        assert th.equal(after_critic[name], parameter) == is_critic
+
+
+def test_critic_learns_from_rollouts_that_the_policy_has_forgotten():
+    model = apart().learn(6 * 250)
+    assert len(model.replay_buffer) == 4
+    policy_steps, critic_steps = (
+        th.cat([b.observations for minibatches in model.replay_buffer.passes(50, 8, n) for b in minibatches]).unique(dim=0)
+        for n in (2, 4)
+    )
+    assert len(policy_steps) == 2 * 250
+    assert len(critic_steps) == 4 * 250
+
+
+def test_critic_epochs_count_the_critics_steps():
+    model = apart().learn(2 * 250)
+    # Two rollouts, three passes over one rollout's worth of steps, five minibatches each
+    assert {state["step"].item() for state in model.critic_optimizer.state.values()} == {2 * 3 * 5}
+
+
+def test_critic_and_policy_have_horizons_of_their_own():
+    """Targets with a lambda of one are discounted sums of rewards; advantages with zero are temporal differences."""
+    model = apart(learning_rate=0.0, gae_lambda=0.0, critic_gae_lambda=1.0)
+    targets = {}
+
+    def passes(*args):
+        # `passes` is called for the critic first, then for the policy
+        for rollout in model.replay_buffer.rollouts:
+            targets.setdefault(id(rollout), rollout.buffer.returns.flatten().copy())
+        return type(model.replay_buffer).passes(model.replay_buffer, *args)
+
+    model.replay_buffer.passes = passes
+    model.learn(250)
+    (rollout,) = model.replay_buffer.rollouts
+    rewards, values = rollout.buffer.rewards.flatten(), rollout.buffer.values.flatten()
+    with th.no_grad():
+        last_value = model.policy.predict_values(th.as_tensor(rollout.last_obs)).item()
+    # Pendulum's first episode ends after 200 steps, its bootstrap is in the reward already
+    expected, one_step = np.zeros(250), np.zeros(250)
+    following_return = following_value = last_value
+    for step in reversed(range(250)):
+        if step == 199:
+            following_return = following_value = 0.0
+        expected[step] = following_return = rewards[step] + model.gamma * following_return
+        one_step[step] = rewards[step] + model.gamma * following_value - values[step]
+        following_value = values[step]
+    np.testing.assert_allclose(targets[id(rollout)], expected, rtol=1e-4)
+    np.testing.assert_allclose(rollout.buffer.advantages.flatten(), one_step, rtol=1e-3, atol=1e-3)
+
+
+def test_critic_comes_closer_to_its_targets():
+    model = apart(learning_rate=1e-3, gamma=0.5, critic_epochs=40).learn(4 * 250)
+
+    def error() -> float:
+        """On the targets that the last update was made with"""
+        steps = [rollout.tensors() for rollout in rollouts]
+        observations = th.cat([step.observations for step in steps])
+        with th.no_grad():
+            return (model.policy.predict_values(observations).flatten() - targets).square().mean().item()
+
+    rollouts = list(model.replay_buffer.rollouts)
+    targets = th.cat([rollout.tensors().returns for rollout in rollouts])
+    before = error()
+    model._train_critic()
+    assert error() < 0.95 * before
+    assert logged(model)["train/critic_loss"] > 0
+
+
+def test_critics_optimizer_is_saved(tmp_path):
+    model = apart().learn(2 * 250)
+    model.save(tmp_path / "model")
+    loaded = R2VPOOff.load(tmp_path / "model", env=model.get_env())
+    ours, theirs = (m.critic_optimizer.state_dict()["state"] for m in (model, loaded))
+    for number, state in ours.items():
+        for name in ("step", "exp_avg", "exp_avg_sq"):
+            assert th.equal(state[name], theirs[number][name])
+    loaded.learn(250)
+    assert {state["step"].item() for state in loaded.critic_optimizer.state.values()} == {3 * 3 * 5}
+
+
+def test_shared_features_are_refused():
+    env = RandomEnv(spaces.Box(0, 255, (3, 36, 36), np.uint8), spaces.Discrete(2))
+    with pytest.raises(ValueError, match="share_features_extractor=False"):
+        R2VPOOff("CnnPolicy", env, critic_capacity=2, **SMALL)
+    R2VPOOff("CnnPolicy", env, critic_capacity=2, policy_kwargs={"share_features_extractor": False}, **SMALL).learn(64)
 
 
 # --- learning ----------------------------------------------------------------------------------------------------------

@@ -348,7 +348,11 @@ class R2VPO(OnPolicyAlgorithm):
 
     @th.no_grad()
     def _update_advantages(
-        self, rollout: StoredRollout, values: th.Tensor | None = None, following: StoredRollout | None = None
+        self,
+        rollout: StoredRollout,
+        values: th.Tensor | None = None,
+        following: StoredRollout | None = None,
+        gae_lambda: float | None = None,
     ) -> None:
         """
         Bring a rollout's values, advantages and returns up to date with the current critic.
@@ -356,7 +360,9 @@ class R2VPO(OnPolicyAlgorithm):
         :param rollout: The rollout
         :param values: The current critic's values of its steps, if they are at hand
         :param following: The rollout collected after it, up to date already
+        :param gae_lambda: GAE's lambda; ``None`` for the model's own
         """
+        rollout.buffer.gae_lambda = self.gae_lambda if gae_lambda is None else gae_lambda
         if values is None:
             batches = rollout.batches(EVALUATION_BATCH_SIZE)
             values = th.cat([self.policy.predict_values(batch.observations) for batch in batches])
@@ -439,10 +445,15 @@ class R2VPO(OnPolicyAlgorithm):
             values = old_values + th.clamp(values - old_values, -clip_range_vf, clip_range_vf)  # type: ignore[arg-type]
         # Value loss using the TD(gae_lambda) target
         parts["value_loss"] = value_loss = F.mse_loss(rollout_data.returns, values)
-        parts["loss"] = loss = loss.add(value_loss, alpha=self.vf_coef)
+        parts["loss"] = loss = loss.add(value_loss, alpha=self._joint_vf_coef)
         if self.target_kl is not None:
             parts["approx_kl"] = drop_padding(deviation - log_ratio.detach(), rollout_data).mean()
         return loss, {name: part.detach() for name, part in parts.items()}
+
+    @property
+    def _joint_vf_coef(self) -> float:
+        """Value function coefficient for the loss that policy and critic have in common"""
+        return self.vf_coef
 
     @property
     def _compensates_entropy(self) -> bool:

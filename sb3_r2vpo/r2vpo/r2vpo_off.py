@@ -12,12 +12,32 @@ from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.save_util import load_from_pkl, save_to_pkl
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, RolloutBufferSamples, Schedule
+from torch.nn import functional as F
 
 from sb3_r2vpo.objectives import ratio_minus_one
+from sb3_r2vpo.optim import descend, refuse_nonfinite, with_fewer_operations
 from sb3_r2vpo.r2vpo.r2vpo import EVALUATION_BATCH_SIZE, R2VPO
 from sb3_r2vpo.rollout_replay import RolloutReplayBuffer, StoredRollout, drop_padding
 
 SelfR2VPOOff = TypeVar("SelfR2VPOOff", bound="R2VPOOff")
+
+
+def critic_parameters(policy: ActorCriticPolicy) -> list[th.nn.Parameter]:
+    """
+    :param policy: A policy
+    :return: The parameters that its values depend on
+    :raises ValueError: The policy's actions depend on some of them, too.
+    """
+    critic = [policy.vf_features_extractor, policy.mlp_extractor.value_net, policy.value_net]
+    actor = [policy.pi_features_extractor, policy.mlp_extractor.policy_net]
+    parameters = [parameter for module in critic for parameter in module.parameters()]
+    shared = {id(parameter) for module in actor for parameter in module.parameters()}
+    if any(id(parameter) in shared for parameter in parameters):
+        raise ValueError(
+            "`critic_capacity` is for a critic with parameters of its own, and this policy shares its features extractor: "
+            "pass `policy_kwargs=dict(share_features_extractor=False)`, or no `critic_capacity`."
+        )
+    return parameters
 
 
 class R2VPOOff(R2VPO):
@@ -44,7 +64,20 @@ class R2VPOOff(R2VPO):
     :param recompute_advantages: Whether to bring values, advantages and returns of the stored rollouts up to date with the
         current critic before each update. GAE then goes on from each rollout into the one that followed it. Behaviour
         log-probabilities are never touched.
-    :raises ValueError: ``replay_capacity`` is not a whole number of at least 1, or ``utd_ratio`` is not positive and finite.
+    :param critic_capacity: Number of rollouts that the critic learns from, apart from the policy and before it: more than
+        the policy's, as a value is not tied to the policy that acted as closely as a gradient is. The advantages then have the
+        critic that has learned from the current rollout, and ``vf_coef`` is not used. ``None``, the default, as in SB3: the
+        critic learns from the policy's own minibatches, by the same loss. Eight, with ``gae_lambda=0.5`` and
+        ``critic_gae_lambda=0.95``, is what there are first runs of (``benchmarks/control/TUNING.md``, step 16).
+    :param critic_epochs: Number of passes over one rollout's worth of steps that such a critic makes for each rollout, in
+        minibatches of ``batch_size``; 20, twice those of the policy at ``n_epochs=10`` and ``utd_ratio=1``.
+    :param critic_gae_lambda: GAE's lambda for the targets of such a critic; ``None``, the default, for ``gae_lambda``. A good
+        critic allows the policy a short horizon, and needs a long one itself to become one
+        (https://arxiv.org/abs/2503.01491 decouples the two).
+    :raises ValueError: ``replay_capacity``, ``critic_capacity`` or ``critic_epochs`` is not a whole number of at least 1,
+        ``utd_ratio`` is not positive and finite, ``critic_gae_lambda`` is not within 0 and 1; or
+        ``critic_capacity`` comes with what it can't be combined with: ``recompute_advantages=False``, ``clip_range_vf``, or
+        a policy whose critic has no parameters of its own.
     """
 
     replay_buffer: RolloutReplayBuffer
@@ -67,6 +100,9 @@ class R2VPOOff(R2VPO):
         replay_capacity: int = 2,
         utd_ratio: float = 2.0,
         recompute_advantages: bool = True,
+        critic_capacity: int | None = None,
+        critic_epochs: int = 20,
+        critic_gae_lambda: float | None = None,
         objective: str = "r2vpo",
         objective_kwargs: dict[str, Any] | None = None,
         clip_range_vf: float | Schedule | None = None,
@@ -126,6 +162,9 @@ class R2VPOOff(R2VPO):
         )
         self.replay_capacity = replay_capacity
         self.utd_ratio = utd_ratio
+        self.critic_capacity = critic_capacity
+        self.critic_epochs = critic_epochs
+        self.critic_gae_lambda = critic_gae_lambda
 
         if _init_setup_model:
             self._setup_model()
@@ -133,14 +172,48 @@ class R2VPOOff(R2VPO):
     def _setup_model(self) -> None:
         if not (math.isfinite(self.utd_ratio) and self.utd_ratio > 0):
             raise ValueError(f"`utd_ratio` is {self.utd_ratio}; it must be positive and finite.")
-        replay_buffer = RolloutReplayBuffer(self.replay_capacity)
+        replay_buffer = self._empty_replay_buffer()
+        self._check_critic_settings()
         super()._setup_model()
         self.replay_buffer = replay_buffer
+        if self.critic_capacity is not None:
+            self._critic_parameters = critic_parameters(self.policy)
+            self.critic_optimizer = with_fewer_operations(
+                self.policy.optimizer_class(self._critic_parameters, lr=self.lr_schedule(1), **self.policy.optimizer_kwargs)  # type: ignore[call-arg]
+            )
+
+    def _empty_replay_buffer(self) -> RolloutReplayBuffer:
+        """One buffer for policy and critic: each learns from the newest rollouts, in numbers of their own."""
+        replay_buffer = RolloutReplayBuffer(self.replay_capacity)
+        if self.critic_capacity is None:
+            return replay_buffer
+        if not isinstance(self.critic_capacity, int) or self.critic_capacity < 1:
+            raise ValueError(
+                f"`critic_capacity` is {self.critic_capacity!r}; it must be a whole number of rollouts, at least 1, or None."
+            )
+        return RolloutReplayBuffer(max(self.replay_capacity, self.critic_capacity))
+
+    def _check_critic_settings(self) -> None:
+        if not isinstance(self.critic_epochs, int) or self.critic_epochs < 1:
+            raise ValueError(f"`critic_epochs` is {self.critic_epochs!r}; it must be a whole number, at least 1.")
+        if self.critic_gae_lambda is not None and not 0 <= self.critic_gae_lambda <= 1:
+            raise ValueError(f"`critic_gae_lambda` is {self.critic_gae_lambda}; it must be within 0 and 1, or None.")
+        if self.critic_capacity is None:
+            if self.critic_gae_lambda is not None:
+                raise ValueError("`critic_gae_lambda` is for a critic that learns apart: pass `critic_capacity`, such as 8.")
+        elif not self.recompute_advantages:
+            raise ValueError("`critic_capacity` needs `recompute_advantages=True`: the critic learns before the advantages.")
+        elif self.clip_range_vf is not None:
+            raise ValueError("`clip_range_vf` is for a critic that learns with the policy: leave out it or `critic_capacity`.")
+
+    @property
+    def _joint_vf_coef(self) -> float:
+        return self.vf_coef if self.critic_capacity is None else 0.0
 
     def _minibatches(self) -> Iterator[RolloutBufferSamples]:
-        """The minibatches of one update: ``utd_ratio * n_epochs`` times those of one rollout, from the whole replay buffer."""
+        """``utd_ratio * n_epochs`` times the minibatches of one rollout, from the policy's rollouts in the replay buffer."""
         n_passes = max(1, round(self.utd_ratio * self.n_epochs))
-        for minibatches in self.replay_buffer.passes(self.batch_size, n_passes):
+        for minibatches in self.replay_buffer.passes(self.batch_size, n_passes, self.replay_capacity):
             self._n_updates += 1
             yield from minibatches
 
@@ -148,11 +221,36 @@ class R2VPOOff(R2VPO):
         """Put the current rollout into the replay buffer, bring the older ones up to date, and update the policy on all."""
         self._check_rollout_is_finite()
         self.replay_buffer.add(self._store_rollout())
+        rollouts = self.replay_buffer.newest(self.replay_capacity)
+        if self.critic_capacity is not None:
+            self._train_critic()
+            self._update_advantages(rollouts[-1])
         # The newest one has the current critic's values, and ratios of one
-        for staleness, (following, stored) in enumerate(pairwise(reversed(self.replay_buffer.rollouts)), start=1):
+        for staleness, (following, stored) in enumerate(pairwise(reversed(rollouts)), start=1):
             variance = self._refresh(stored, following)
             self.logger.record(f"train/ratio_variance_stale_{staleness}", variance)
         super().train()
+
+    def _train_critic(self) -> None:
+        """Bring the returns of the critic's rollouts up to date, and regress the critic's values on them."""
+        assert self.critic_capacity is not None
+        following = None
+        for stored in reversed(self.replay_buffer.newest(self.critic_capacity)):
+            self._update_advantages(stored, following=following, gae_lambda=self.critic_gae_lambda)
+            following = stored
+        self.policy.set_training_mode(True)
+        self._update_learning_rate(self.critic_optimizer)
+        losses, norms = [], []
+        for minibatches in self.replay_buffer.passes(self.batch_size, self.critic_epochs, self.critic_capacity):
+            for rollout_data in minibatches:
+                values = self.policy.predict_values(rollout_data.observations).flatten()
+                loss = F.mse_loss(values, rollout_data.returns)
+                self.critic_optimizer.zero_grad()
+                loss.backward()
+                norms.append(descend(self.critic_optimizer, self._critic_parameters, self.max_grad_norm, None)[1])
+                losses.append(loss.detach())
+        refuse_nonfinite(th.stack(norms))
+        self.logger.record("train/critic_loss", th.stack(losses).mean().item())
 
     @th.no_grad()
     def _refresh(self, rollout: StoredRollout, following: StoredRollout | None = None) -> float:
@@ -185,7 +283,7 @@ class R2VPOOff(R2VPO):
         """
         Load a replay buffer from a pickle file. Pickle can run code: load only files that you trust.
 
-        :param path: Path to the pickled replay buffer. If it holds more than ``replay_capacity`` rollouts, the newest stay.
+        :param path: Path to the pickled replay buffer. If it holds more rollouts than this model keeps, the newest stay.
         :param truncate_last_traj: For compatibility with SB3's off-policy algorithms; stored rollouts are always whole.
         :raises ValueError: The file holds something else, or rollouts of other spaces; the buffer is as before.
         """
@@ -195,7 +293,7 @@ class R2VPOOff(R2VPO):
                 f"{path} holds a {type(loaded).__name__}, not a RolloutReplayBuffer: "
                 f"it was not saved by {type(self).__name__}.save_replay_buffer()."
             )
-        replay_buffer = RolloutReplayBuffer(self.replay_capacity)
+        replay_buffer = self._empty_replay_buffer()
         for rollout in loaded.rollouts:
             spaces_match = (rollout.buffer.observation_space, rollout.buffer.action_space) == (
                 self.observation_space,
@@ -209,6 +307,13 @@ class R2VPOOff(R2VPO):
             rollout.buffer.device = self.device
             replay_buffer.add(rollout)
         self.replay_buffer = replay_buffer
+
+    def _excluded_save_params(self) -> list[str]:
+        return [*super()._excluded_save_params(), "critic_optimizer", "_critic_parameters"]
+
+    def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
+        state_dicts, tensors = super()._get_torch_save_params()
+        return [*state_dicts, *(["critic_optimizer"] if self.critic_capacity is not None else [])], tensors
 
     def learn(
         self: SelfR2VPOOff,
