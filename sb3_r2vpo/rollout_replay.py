@@ -25,6 +25,16 @@ def drop_padding(values: th.Tensor, rollout_data: RolloutBufferSamples) -> th.Te
     return values if mask is None else values[mask]
 
 
+def check_whole_number(name: str, value: object) -> None:
+    """
+    :param name: Name of an argument
+    :param value: Its value
+    :raises ValueError: It is not a whole number of at least 1.
+    """
+    if not isinstance(value, int) or value < 1:
+        raise ValueError(f"`{name}` is {value!r}; it must be a whole number, at least 1.")
+
+
 class Timeouts:
     """
     The steps of a rollout at which an episode was cut off by a time limit.
@@ -154,8 +164,7 @@ class RolloutReplayBuffer:
     """
 
     def __init__(self, capacity: int) -> None:
-        if not isinstance(capacity, int) or capacity < 1:
-            raise ValueError(f"`replay_capacity` is {capacity!r}; it must be a whole number of rollouts, at least 1.")
+        check_whole_number("replay_capacity", capacity)
         self.rollouts: deque[StoredRollout] = deque(maxlen=capacity)
 
     def __len__(self) -> int:

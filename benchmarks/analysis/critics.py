@@ -19,7 +19,7 @@ import numpy as np
 import pandas as pd
 import torch as th
 from commands import run_command
-from generalization import StopAt
+from generalization import train_until
 from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.preprocessing import get_flattened_obs_dim
 from torch import nn
@@ -29,7 +29,7 @@ from tqdm import tqdm
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "critics.csv"
 sys.path.insert(0, str(HERE.parent / "control"))
-from experiment import METHODS, make_model, package_versions, processor  # noqa: E402
+from experiment import package_versions, processor  # noqa: E402
 from readme_tables import write_tables  # noqa: E402
 
 from sb3_r2vpo import R2VPOOff  # noqa: E402
@@ -37,7 +37,7 @@ from sb3_r2vpo.rollout_replay import StoredRollout  # noqa: E402
 
 TASKS, SEED = ("cheetah-run", "walker-run"), 401
 NETWORKS = {"r2vpo_off": "two layers of tanh", "r2vpo_off_layer_norm": "`LayerNormMlpPolicy`"}
-N_TIMESTEPS, STOP = 1_000_000, 300_000
+STOP = 300_000
 #: Steps that critics are fitted to, and passes over them; the last one is the reference, with the lambda of training
 FITTED = {65_536: 24, 524_288: 12}
 N_BATCHES, BATCH_SIZE = 32, 4096
@@ -59,13 +59,12 @@ def collect(model: R2VPOOff, n_steps: int) -> StoredRollout:
 
 def compute_advantages(model: R2VPOOff, critic: nn.Module | None, rollout: StoredRollout, gae_lambda: float) -> None:
     """Values, advantages and returns of a rollout by a critic; ``None`` for the model's own."""
-    rollout.buffer.gae_lambda = gae_lambda
     if critic is None:
-        model._update_advantages(rollout)
+        model._update_advantages(rollout, gae_lambda=gae_lambda)
         return
     # Not the critic itself: a module would not take the place of the method
     with patch.object(model.policy, "predict_values", lambda observations: critic(observations)):
-        model._update_advantages(rollout)
+        model._update_advantages(rollout, gae_lambda=gae_lambda)
 
 
 def fit(model: R2VPOOff, rollout: StoredRollout, n_passes: int) -> nn.Module:
@@ -145,8 +144,7 @@ def record() -> None:
     rows = []
     for task in tqdm(TASKS, desc="tasks"):
         for name in NETWORKS:
-            model = make_model(METHODS[name].algorithm, METHODS[name].settings(task), task, SEED)
-            model.learn(N_TIMESTEPS, callback=StopAt(STOP))
+            model = train_until(STOP, name, task, SEED)
             run = {"task": task, "method": name, "seed": SEED, "timesteps": model.num_timesteps}
             rows += [{**run, **row} for row in measure(model)]
             model.env.close()

@@ -49,6 +49,13 @@ class StopAt(BaseCallback):
         return self.num_timesteps < self.n_steps
 
 
+def train_until(stop: int, name: str, task: str, seed: int) -> R2VPO:
+    """A method's model after some of the steps of its training, in our loop, compiled."""
+    algorithm, settings = in_our_loop(METHODS[name].algorithm, {**METHODS[name].settings(task), **COMPILED})
+    model = make_model(algorithm, settings, task, seed)
+    return model.learn(N_TIMESTEPS, callback=StopAt(stop))
+
+
 def collect(model: R2VPO) -> list[dict]:
     """Rollouts of the policy as it is: what of a model `train` uses, before that has changed it."""
     model.env.training = False
@@ -97,9 +104,7 @@ def record() -> None:
     for task in TASKS:
         for name in METHOD_NAMES:
             for stop in STOPS:
-                algorithm, settings = in_our_loop(METHODS[name].algorithm, {**METHODS[name].settings(task), **COMPILED})
-                model = make_model(algorithm, settings, task, SEED)
-                model.learn(N_TIMESTEPS, callback=StopAt(stop))
+                model = train_until(stop, name, task, SEED)
                 run = {"task": task, "method": name, "seed": SEED, "timesteps": model.num_timesteps}
                 rows += [{**run, **row} for row in updates(model)]
                 model.env.close()

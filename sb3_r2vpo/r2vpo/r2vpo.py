@@ -360,20 +360,18 @@ class R2VPO(OnPolicyAlgorithm):
         :param rollout: The rollout
         :param values: The current critic's values of its steps, if they are at hand
         :param following: The rollout collected after it, up to date already
-        :param gae_lambda: GAE's lambda; ``None`` for the rollout's own
+        :param gae_lambda: GAE's lambda; ``None`` for the model's
         """
         if values is None:
             batches = rollout.batches(EVALUATION_BATCH_SIZE)
             values = th.cat([self.policy.predict_values(batch.observations) for batch in batches])
-        own_lambda = rollout.buffer.gae_lambda
-        rollout.buffer.gae_lambda = own_lambda if gae_lambda is None else gae_lambda
+        rollout.buffer.gae_lambda = self.gae_lambda if gae_lambda is None else gae_lambda
         rollout.update_values(
             values=values.cpu().numpy(),
             timeout_values=self._predict_timeout_values(rollout.timeouts),
             last_values=self.policy.predict_values(obs_as_tensor(rollout.last_obs, self.device)),
             following=following,
         )
-        rollout.buffer.gae_lambda = own_lambda
 
     @th.no_grad()
     def _predict_timeout_values(self, timeouts: Timeouts) -> np.ndarray:

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from sb3_r2vpo.objectives import ratio_minus_one
 from sb3_r2vpo.optim import descend, refuse_nonfinite, with_fewer_operations
 from sb3_r2vpo.r2vpo.r2vpo import EVALUATION_BATCH_SIZE, R2VPO
-from sb3_r2vpo.rollout_replay import RolloutReplayBuffer, StoredRollout, drop_padding
+from sb3_r2vpo.rollout_replay import RolloutReplayBuffer, StoredRollout, check_whole_number, drop_padding
 
 SelfR2VPOOff = TypeVar("SelfR2VPOOff", bound="R2VPOOff")
 
@@ -187,15 +187,11 @@ class R2VPOOff(R2VPO):
         replay_buffer = RolloutReplayBuffer(self.replay_capacity)
         if self.critic_capacity is None:
             return replay_buffer
-        if not isinstance(self.critic_capacity, int) or self.critic_capacity < 1:
-            raise ValueError(
-                f"`critic_capacity` is {self.critic_capacity!r}; it must be a whole number of rollouts, at least 1, or None."
-            )
+        check_whole_number("critic_capacity", self.critic_capacity)
         return RolloutReplayBuffer(max(self.replay_capacity, self.critic_capacity))
 
     def _check_critic_settings(self) -> None:
-        if not isinstance(self.critic_epochs, int) or self.critic_epochs < 1:
-            raise ValueError(f"`critic_epochs` is {self.critic_epochs!r}; it must be a whole number, at least 1.")
+        check_whole_number("critic_epochs", self.critic_epochs)
         if self.critic_gae_lambda is not None and not 0 <= self.critic_gae_lambda <= 1:
             raise ValueError(f"`critic_gae_lambda` is {self.critic_gae_lambda}; it must be within 0 and 1, or None.")
         if self.critic_capacity is None:
