@@ -22,6 +22,7 @@ from sb3_r2vpo import R2VPO, R2VPOOff
 from sb3_r2vpo.dual import DEFAULT_INITIAL_VAR_COEF
 from sb3_r2vpo.objectives import OBJECTIVES
 from sb3_r2vpo.optim import descend
+from sb3_r2vpo.r2vpo.r2vpo_off import critic_parameters
 from sb3_r2vpo.r2vpo.statistics import gradient_norms
 
 ALGORITHMS = [R2VPO, R2VPOOff]
@@ -771,6 +772,11 @@ def test_critics_optimizer_is_saved(tmp_path):
             assert th.equal(state[name], theirs[number][name])
     loaded.learn(250)
     assert {state["step"].item() for state in loaded.critic_optimizer.state.values()} == {3 * 3 * 5}
+
+
+def test_policies_without_a_critic_of_their_own_are_refused():
+    with pytest.raises(ValueError, match="which this policy does not have"):
+        critic_parameters(th.nn.Linear(2, 2))
 
 
 def test_shared_features_are_refused():

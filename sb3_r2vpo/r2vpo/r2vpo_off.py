@@ -26,18 +26,21 @@ def critic_parameters(policy: ActorCriticPolicy) -> list[th.nn.Parameter]:
     """
     :param policy: A policy
     :return: The parameters that its values depend on
-    :raises ValueError: The policy's actions depend on some of them, too.
+    :raises ValueError: There are none, or the policy's actions depend on some of them, too.
     """
-    critic = [policy.vf_features_extractor, policy.mlp_extractor.value_net, policy.value_net]
-    actor = [policy.pi_features_extractor, policy.mlp_extractor.policy_net]
-    parameters = [parameter for module in critic for parameter in module.parameters()]
-    shared = {id(parameter) for module in actor for parameter in module.parameters()}
-    if any(id(parameter) in shared for parameter in parameters):
+    own: list[th.nn.Parameter] = []
+    # Language models have no such networks
+    if hasattr(policy, "mlp_extractor"):
+        actor = [policy.pi_features_extractor, policy.mlp_extractor.policy_net]
+        critic = [policy.vf_features_extractor, policy.mlp_extractor.value_net, policy.value_net]
+        shared = {id(parameter) for module in actor for parameter in module.parameters()}
+        own = [parameter for module in critic for parameter in module.parameters()]
+    if not own or any(id(parameter) in shared for parameter in own):
         raise ValueError(
-            "`critic_capacity` is for a critic with parameters of its own, and this policy shares its features extractor: "
-            "pass `policy_kwargs=dict(share_features_extractor=False)`, or no `critic_capacity`."
+            "`critic_capacity` is for a critic with parameters of its own, which this policy does not have. If it shares its "
+            "features extractor, pass `policy_kwargs=dict(share_features_extractor=False)`; else no `critic_capacity`."
         )
-    return parameters
+    return own
 
 
 class R2VPOOff(R2VPO):
