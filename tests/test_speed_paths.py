@@ -385,6 +385,18 @@ def test_compiled_agrees_on_censored_actions():
 
 @needs_compiler
 @pytest.mark.slow
+def test_compiled_agrees_on_a_critic_that_learns_apart(tmp_path):
+    counters.clear()
+    settings = {"critic_capacity": 3, "critic_epochs": 2, "critic_gae_lambda": 0.9, "replay_capacity": 2}
+    assert_compiled_agrees(R2VPOOff, "MlpPolicy", lambda: gym.make("Pendulum-v1"), **settings)
+    assert not counters["graph_break"]
+    model = R2VPOOff("MlpPolicy", "Pendulum-v1", compile=True, **SMALL | settings).learn(32)
+    model.save(tmp_path / "model")
+    R2VPOOff.load(tmp_path / "model", env=model.get_env()).learn(32)
+
+
+@needs_compiler
+@pytest.mark.slow
 def test_compiled_agrees_on_dicts_and_multi_discrete():
     space = spaces.Dict({"a": VECTOR, "b": spaces.Discrete(3)})
     assert_compiled_agrees(R2VPO, "MultiInputPolicy", lambda: RandomEnv(space, spaces.MultiDiscrete([2, 3])))

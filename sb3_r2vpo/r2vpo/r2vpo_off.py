@@ -14,8 +14,9 @@ from stable_baselines3.common.save_util import load_from_pkl, save_to_pkl
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, RolloutBufferSamples, Schedule
 from torch.nn import functional as F
 
+from sb3_r2vpo.compilation import compiled
 from sb3_r2vpo.objectives import ratio_minus_one
-from sb3_r2vpo.optim import descend, refuse_nonfinite, with_fewer_operations
+from sb3_r2vpo.optim import descend, descend_by_tensors, flat_state, refuse_nonfinite, with_fewer_operations
 from sb3_r2vpo.r2vpo.r2vpo import EVALUATION_BATCH_SIZE, R2VPO
 from sb3_r2vpo.rollout_replay import RolloutReplayBuffer, StoredRollout, check_whole_number, drop_padding
 
@@ -182,8 +183,10 @@ class R2VPOOff(R2VPO):
         if self.critic_capacity is not None:
             self._critic_parameters = critic_parameters(self.policy)
             self.critic_optimizer = with_fewer_operations(
-                self.policy.optimizer_class(self._critic_parameters, lr=self.lr_schedule(1), **self.policy.optimizer_kwargs)  # type: ignore[call-arg]
+                self.policy.optimizer_class(self._critic_parameters, lr=self.lr_schedule(1), **self.policy.optimizer_kwargs),  # type: ignore[call-arg]
+                flat=self.compile,
             )
+            self._critic_step = compiled(self._critic_gradient_step) if self.compile else self._critic_gradient_step
 
     def _empty_replay_buffer(self) -> RolloutReplayBuffer:
         """One buffer for policy and critic: each learns from the newest rollouts, in numbers of their own."""
@@ -239,17 +242,32 @@ class R2VPOOff(R2VPO):
             following = stored
         self.policy.set_training_mode(True)
         self._update_learning_rate(self.critic_optimizer)
+        self._critic_adam = flat_state(self.critic_optimizer, self._critic_parameters) if self.compile else None
         losses, norms = [], []
         for minibatches in self.replay_buffer.passes(self.batch_size, self.critic_epochs, self.critic_capacity):
             for rollout_data in minibatches:
-                values = self.policy.predict_values(rollout_data.observations).flatten()
-                loss = F.mse_loss(values, rollout_data.returns)
-                self.critic_optimizer.zero_grad()
-                loss.backward()
-                norms.append(descend(self.critic_optimizer, self._critic_parameters, self.max_grad_norm, None)[1])
-                losses.append(loss.detach())
+                loss, gradient_norms = self._critic_step(rollout_data.observations, rollout_data.returns)
+                losses.append(loss)
+                norms.append(gradient_norms)
         refuse_nonfinite(th.stack(norms))
         self.logger.record("train/critic_loss", th.stack(losses).mean().item())
+
+    def _critic_gradient_step(
+        self, observations: th.Tensor | dict[str, th.Tensor], returns: th.Tensor
+    ) -> tuple[th.Tensor, th.Tensor]:
+        """
+        One minibatch of a critic that learns apart: tensors in, tensors out, so that it can be compiled.
+
+        :return: The loss and the norm of each parameter's gradient
+        """
+        loss = F.mse_loss(self.policy.predict_values(observations).flatten(), returns)
+        if self._critic_adam is not None:
+            _, norms = descend_by_tensors(loss, self._critic_parameters, self._critic_adam, self.max_grad_norm, None)
+        else:
+            self.critic_optimizer.zero_grad()
+            loss.backward()
+            _, norms = descend(self.critic_optimizer, self._critic_parameters, self.max_grad_norm, None)
+        return loss.detach(), norms
 
     @th.no_grad()
     def _refresh(self, rollout: StoredRollout, following: StoredRollout | None = None) -> float:
@@ -308,7 +326,7 @@ class R2VPOOff(R2VPO):
         self.replay_buffer = replay_buffer
 
     def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "critic_optimizer", "_critic_parameters"]
+        return [*super()._excluded_save_params(), "critic_optimizer", "_critic_parameters", "_critic_step", "_critic_adam"]
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         state_dicts, tensors = super()._get_torch_save_params()
