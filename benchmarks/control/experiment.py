@@ -73,6 +73,8 @@ class Method:
 COMPILED = {"compile": True}
 # R2VPOOff's schedule of the entropy bonus, with PPO's own bonus as its mean
 ANNEALED = {"ent_coef": "lin_0.02"}
+# A critic that learns apart, see step 17 of TUNING.md
+CRITIC = {"critic_capacity": 8, "critic_gae_lambda": 0.95, "gae_lambda": 0.7}
 # Three layers, the first one normalised, and `MlpPolicy`'s initial standard deviation
 LAYER_NORM = {
     "policy": "sb3_r2vpo.r2vpo.LayerNormMlpPolicy",
@@ -94,6 +96,7 @@ METHODS: dict[str, Method] = {
     "ppo_annealed": Method(PPO, without=(), own=ANNEALED),
     "r2vpo": Method(R2VPO, "r2vpo", without=(), own=COMPILED),
     "r2vpo_off": Method(R2VPOOff, "r2vpo_off", without=(), own=COMPILED),
+    "r2vpo_off_critic": Method(R2VPOOff, "r2vpo_off", without=(), own={**CRITIC, **COMPILED}),
 }
 #: Those with five seeds
 MAIN_METHODS = tuple(METHODS)
