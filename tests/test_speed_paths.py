@@ -128,6 +128,20 @@ def test_gradients_by_hand_are_those_of_autograd_bit_for_bit(observation_space, 
         assert th.equal(parameter.grad, gradient), name
 
 
+@pytest.mark.parametrize("observation_space", [VECTOR, spaces.Discrete(4)], ids=lambda space: type(space).__name__)
+def test_regression_of_values_by_hand_is_that_of_autograd_bit_for_bit(observation_space):
+    policy = ActorCriticPolicy(observation_space, spaces.Discrete(2), lambda _: 1e-3)
+    observations, returns = th.as_tensor(np.stack([observation_space.sample() for _ in range(50)])), th.randn(50)
+    expected = th.nn.functional.mse_loss(policy.predict_values(observations).flatten(), returns)
+    expected.backward()
+    gradients = {name: parameter.grad for name, parameter in policy.named_parameters() if parameter.grad is not None}
+    FlatAdam(policy.parameters()).share_gradients()
+    assert th.equal(PlainMlp(policy).regress_values(observations, returns), expected)
+    assert all("value" in name for name in gradients)
+    for name, parameter in policy.named_parameters():
+        assert th.equal(parameter.grad, gradients.get(name, th.zeros_like(parameter))), name
+
+
 @pytest.mark.parametrize("ent_coef", [0.0, 0.01])
 @pytest.mark.parametrize("env_id", ["Pendulum-v1", "CartPole-v1"])
 def test_entropy_is_logged_whether_or_not_the_loss_depends_on_it(env_id, ent_coef):
@@ -173,13 +187,14 @@ def test_variants_of_the_policy_that_are_left_to_autograd(settings):
     assert not is_plain_mlp(R2VPO("MlpPolicy", "Pendulum-v1", **settings).policy)
 
 
+@pytest.mark.parametrize(("algorithm", "settings"), [(R2VPO, {}), (R2VPOOff, {"critic_capacity": 3, "critic_epochs": 2})])
 @pytest.mark.parametrize("optimizer_class", [th.optim.Adam, th.optim.SGD, th.optim.AdamW])
-def test_by_hand_is_as_by_autograd_with_any_optimizer(optimizer_class, monkeypatch):
+def test_by_hand_is_as_by_autograd_with_any_optimizer(optimizer_class, algorithm, settings, monkeypatch):
+    settings = SMALL | settings | {"ent_coef": 0.01, "policy_kwargs": {"optimizer_class": optimizer_class}}
     results = []
     for by_hand in (True, False):
         monkeypatch.setattr("sb3_r2vpo.r2vpo.r2vpo.is_plain_mlp", lambda policy, by_hand=by_hand: by_hand)
-        policy_kwargs = {"optimizer_class": optimizer_class}
-        model = R2VPO("MlpPolicy", "Pendulum-v1", ent_coef=0.01, policy_kwargs=policy_kwargs, **SMALL).learn(96)
+        model = algorithm("MlpPolicy", "Pendulum-v1", **settings).learn(96)
         results.append(weights(model))
     assert th.equal(*results)
 

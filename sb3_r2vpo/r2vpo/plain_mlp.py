@@ -28,6 +28,9 @@ ACTIVATIONS: dict[type[nn.Module], Activation] = {
     nn.ReLU: (th.relu_, lambda gradient, outputs: th.ops.aten.threshold_backward.default(gradient, outputs, 0)),
 }
 
+#: PyTorch's number of this reduction
+_MEAN = 1
+
 
 class Layers:
     """
@@ -93,8 +96,7 @@ class PlainMlp:
         """
         # Faster than `no_grad`. Its tensors can't enter a graph, their copies can.
         with th.inference_mode():
-            features = preprocess_obs(observations, self.policy.observation_space, self.policy.normalize_images)
-            features = features.flatten(1)  # type: ignore[union-attr]
+            features = self._features(observations)
             outputs = self.actor.forward(features)
             values = self.critic.forward(features).flatten()
             if self.log_std is None:
@@ -137,6 +139,24 @@ class PlainMlp:
             self.actor.backward(outputs_grad)
             self.critic.backward(_gradient(self.values).unsqueeze(1))
 
+    @th.inference_mode()
+    def regress_values(self, observations: th.Tensor, returns: th.Tensor) -> th.Tensor:
+        """
+        Set the gradients of the critic's parameters to those of the mean squared error of its values.
+
+        :param observations: A batch of observations
+        :param returns: What the values should be, shape ``(batch_size,)``
+        :return: The error
+        """
+        values = self.critic.forward(self._features(observations)).flatten()
+        gradient = th.ops.aten.mse_loss_backward.default(values.new_ones(()), values, returns, _MEAN)
+        self.critic.backward(gradient.unsqueeze(1))
+        return F.mse_loss(values, returns)
+
+    def _features(self, observations: th.Tensor) -> th.Tensor:
+        features = preprocess_obs(observations, self.policy.observation_space, self.policy.normalize_images)
+        return features.flatten(1)  # type: ignore[union-attr]
+
 
 def _gradient(leaf: th.Tensor) -> th.Tensor:
     assert leaf.grad is not None
@@ -159,6 +179,7 @@ def is_plain_mlp(policy: nn.Module) -> bool:
         isinstance(policy, ActorCriticPolicy)
         and has_usual_distribution(policy)
         and type(policy).extract_features is ActorCriticPolicy.extract_features
+        and type(policy).predict_values is ActorCriticPolicy.predict_values
         and type(policy.mlp_extractor) is MlpExtractor
     ):
         return False

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from sb3_r2vpo.compilation import compiled
 from sb3_r2vpo.objectives import ratio_minus_one
-from sb3_r2vpo.optim import descend, descend_by_tensors, flat_state, refuse_nonfinite, with_fewer_operations
+from sb3_r2vpo.optim import FlatState, descend, descend_by_tensors, flat_state, refuse_nonfinite, with_fewer_operations
 from sb3_r2vpo.r2vpo.r2vpo import EVALUATION_BATCH_SIZE, R2VPO
 from sb3_r2vpo.rollout_replay import RolloutReplayBuffer, StoredRollout, check_whole_number, drop_padding
 
@@ -85,6 +85,7 @@ class R2VPOOff(R2VPO):
     """
 
     replay_buffer: RolloutReplayBuffer
+    _critic_adam: FlatState | None = None
 
     def __init__(
         self,
@@ -242,7 +243,7 @@ class R2VPOOff(R2VPO):
             following = stored
         self.policy.set_training_mode(True)
         self._update_learning_rate(self.critic_optimizer)
-        self._critic_adam = flat_state(self.critic_optimizer, self._critic_parameters) if self.compile else None
+        self._prepare_descent()
         losses, norms = [], []
         for minibatches in self.replay_buffer.passes(self.batch_size, self.critic_epochs, self.critic_capacity):
             for rollout_data in minibatches:
@@ -260,14 +261,21 @@ class R2VPOOff(R2VPO):
 
         :return: The loss and the norm of each parameter's gradient
         """
-        loss = F.mse_loss(self.policy.predict_values(observations).flatten(), returns)
-        if self._critic_adam is not None:
-            _, norms = descend_by_tensors(loss, self._critic_parameters, self._critic_adam, self.max_grad_norm, None)
+        optimizer, parameters = self.critic_optimizer, self._critic_parameters
+        if self._plain_mlp is not None:
+            loss = self._plain_mlp.regress_values(observations, returns)  # type: ignore[arg-type]
         else:
-            self.critic_optimizer.zero_grad()
+            loss = F.mse_loss(self.policy.predict_values(observations).flatten(), returns)
+            if self._critic_adam is not None:
+                return loss.detach(), descend_by_tensors(loss, parameters, self._critic_adam, self.max_grad_norm, None)[1]
+            optimizer.zero_grad()
             loss.backward()
-            _, norms = descend(self.critic_optimizer, self._critic_parameters, self.max_grad_norm, None)
-        return loss.detach(), norms
+        return loss.detach(), descend(optimizer, parameters, self.max_grad_norm, None)[1]
+
+    def _prepare_descent(self) -> None:
+        super()._prepare_descent()
+        if self.compile and self.critic_capacity is not None:
+            self._critic_adam = flat_state(self.critic_optimizer, self._critic_parameters)
 
     @th.no_grad()
     def _refresh(self, rollout: StoredRollout, following: StoredRollout | None = None) -> float:
