@@ -73,7 +73,7 @@ class Method:
 COMPILED = {"compile": True}
 # R2VPOOff's schedule of the entropy bonus, with PPO's own bonus as its mean
 ANNEALED = {"ent_coef": "lin_0.02"}
-# A critic that learns apart, see step 17 of TUNING.md
+# A critic that learns apart, step 17 of TUNING.md
 CRITIC = {"critic_capacity": 8, "critic_gae_lambda": 0.95, "gae_lambda": 0.7}
 # Three layers, the first one normalised, and `MlpPolicy`'s initial standard deviation
 LAYER_NORM = {
@@ -96,7 +96,6 @@ METHODS: dict[str, Method] = {
     "ppo_annealed": Method(PPO, without=(), own=ANNEALED),
     "r2vpo": Method(R2VPO, "r2vpo", without=(), own=COMPILED),
     "r2vpo_off": Method(R2VPOOff, "r2vpo_off", without=(), own=COMPILED),
-    "r2vpo_off_critic": Method(R2VPOOff, "r2vpo_off", without=(), own={**CRITIC, **COMPILED}),
 }
 #: Those with five seeds
 MAIN_METHODS = tuple(METHODS)
@@ -106,6 +105,7 @@ METHODS |= {
     for name in ("ppo_annealed", "r2vpo_off")
 }
 METHODS |= {
+    "r2vpo_off_critic": Method(R2VPOOff, "r2vpo_off", without=(), own={**CRITIC, **COMPILED}),
     # What R2VPO's settings have besides its objective
     "ppo_recompute": Method(PPO, without=(), own={"recompute_advantages": True}),
     # As in the paper, but for the coefficient

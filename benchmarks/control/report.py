@@ -37,6 +37,7 @@ LABELS = {
     "constant": "R2VPOOff, constant entropy bonus",
     "annealed": "R2VPO, entropy compensated and annealed, advantages not recomputed",
     "r2vpo_fixed": "R2VPO, fixed λ",
+    "r2vpo_off_critic": "R2VPOOff, critic apart",
     "ppo_recompute": "PPO, advantages recomputed",
     "spo": "SPO",
     "exact_kl": "exact KL",
@@ -69,6 +70,8 @@ PAIRS = (
     ("r2vpo_off", "ppo_annealed"),
     ("r2vpo_off", "r2vpo"),
     ("ppo_annealed", "ppo"),
+    ("r2vpo_off_critic", "ppo"),
+    ("r2vpo_off_critic", "r2vpo_off"),
     ("r2vpo_off_layer_norm", "ppo_annealed_layer_norm"),
 )
 
