@@ -71,8 +71,8 @@ class R2VPOOff(R2VPO):
     :param critic_capacity: Number of rollouts that the critic learns from, apart from the policy and before it: more than
         the policy's, as a value is not tied to the policy that acted as closely as a gradient is. The advantages then have the
         critic that has learned from the current rollout, and ``vf_coef`` is not used. ``None``, the default, as in SB3: the
-        critic learns from the policy's own minibatches, by the same loss. Eight, with ``gae_lambda=0.5`` and
-        ``critic_gae_lambda=0.95``, is what there are first runs of (``benchmarks/control/TUNING.md``, step 16).
+        critic learns from the policy's own minibatches, by the same loss. Eight, with ``gae_lambda=0.7`` and
+        ``critic_gae_lambda=0.95``, learns faster on DM Control and ends no higher (``benchmarks/control``, three seeds).
     :param critic_epochs: Number of passes over one rollout's worth of steps that such a critic makes for each rollout, in
         minibatches of ``batch_size``; 20, twice those of the policy at ``n_epochs=10`` and ``utd_ratio=1``.
     :param critic_gae_lambda: GAE's lambda for the targets of such a critic; ``None``, the default, for ``gae_lambda``. A good
