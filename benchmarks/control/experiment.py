@@ -73,8 +73,6 @@ class Method:
 COMPILED = {"compile": True}
 # R2VPOOff's schedule of the entropy bonus, with PPO's own bonus as its mean
 ANNEALED = {"ent_coef": "lin_0.02"}
-# A critic that learns apart, step 17 of TUNING.md
-CRITIC = {"critic_capacity": 8, "critic_gae_lambda": 0.95, "gae_lambda": 0.7}
 # Three layers, the first one normalised, and `MlpPolicy`'s initial standard deviation
 LAYER_NORM = {
     "policy": "sb3_r2vpo.r2vpo.LayerNormMlpPolicy",
@@ -105,7 +103,13 @@ METHODS |= {
     for name in ("ppo_annealed", "r2vpo_off")
 }
 METHODS |= {
-    "r2vpo_off_critic": Method(R2VPOOff, "r2vpo_off", without=(), own={**CRITIC, **COMPILED}),
+    # A critic that learns apart, step 17 of TUNING.md
+    "r2vpo_off_critic": Method(
+        R2VPOOff,
+        "r2vpo_off",
+        without=(),
+        own={"critic_capacity": 8, "critic_gae_lambda": 0.95, "gae_lambda": 0.7, **COMPILED},
+    ),
     # What R2VPO's settings have besides its objective
     "ppo_recompute": Method(PPO, without=(), own={"recompute_advantages": True}),
     # As in the paper, but for the coefficient

@@ -72,7 +72,7 @@ class R2VPOOff(R2VPO):
         the policy's, as a value is not tied to the policy that acted as closely as a gradient is. The advantages then have the
         critic that has learned from the current rollout, and ``vf_coef`` is not used. ``None``, the default, as in SB3: the
         critic learns from the policy's own minibatches, by the same loss. Eight, with ``gae_lambda=0.7`` and
-        ``critic_gae_lambda=0.95``, learns faster on DM Control and ends no higher (``benchmarks/control``, three seeds).
+        ``critic_gae_lambda=0.95``, is level with ``None`` over ten tasks of DM Control (``benchmarks/control``, three seeds).
     :param critic_epochs: Number of passes over one rollout's worth of steps that such a critic makes for each rollout, in
         minibatches of ``batch_size``; 20, twice those of the policy at ``n_epochs=10`` and ``utd_ratio=1``.
     :param critic_gae_lambda: GAE's lambda for the targets of such a critic; ``None``, the default, for ``gae_lambda``. A good
