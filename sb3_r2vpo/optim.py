@@ -300,6 +300,32 @@ def descend_by_tensors(
     return accept, norms
 
 
+def descend_on(
+    loss: th.Tensor,
+    optimizer: th.optim.Optimizer,
+    parameters: Sequence[th.nn.Parameter],
+    state: FlatState | None,
+    max_norm: float,
+    may_step: th.Tensor | None = None,
+) -> tuple[th.Tensor | bool, th.Tensor]:
+    """
+    Gradients by autograd and one step: :func:`descend_by_tensors` where the optimizer's state is given, else :func:`descend`.
+
+    :param loss: Any scalar that depends on the parameters
+    :param optimizer: Any optimizer
+    :param parameters: All of its parameters
+    :param state: For code that is compiled, the optimizer's, by :func:`flat_state`; ``None`` for code that is not
+    :param max_norm: see :func:`descend`
+    :param may_step: see :func:`descend`
+    :return: see :func:`descend`
+    """
+    if state is not None:
+        return descend_by_tensors(loss, parameters, state, max_norm, may_step)
+    optimizer.zero_grad()
+    loss.backward()
+    return descend(optimizer, parameters, max_norm, may_step)
+
+
 def refuse_nonfinite(norms: th.Tensor) -> None:
     """
     :param norms: Norms of gradients, of any shape

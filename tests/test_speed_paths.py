@@ -407,7 +407,9 @@ def test_compiled_agrees_on_a_critic_that_learns_apart(tmp_path):
     assert not counters["graph_break"]
     model = R2VPOOff("MlpPolicy", "Pendulum-v1", compile=True, **SMALL | settings).learn(32)
     model.save(tmp_path / "model")
-    R2VPOOff.load(tmp_path / "model", env=model.get_env()).learn(32)
+    loaded = R2VPOOff.load(tmp_path / "model", env=model.get_env()).learn(32)
+    # Two minibatches in each of two passes over a rollout, before and after
+    assert {state["step"].item() for state in loaded.critic_optimizer.state.values()} == {2 * 2 * 2}
 
 
 @needs_compiler

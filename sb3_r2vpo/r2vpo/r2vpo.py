@@ -29,7 +29,7 @@ from sb3_r2vpo.optim import (
     FlatAdam,
     FlatState,
     descend,
-    descend_by_tensors,
+    descend_on,
     flat_state,
     refuse_nonfinite,
     where,
@@ -465,14 +465,11 @@ class R2VPO(OnPolicyAlgorithm):
 
     def _descend(self, loss: th.Tensor, may_step: th.Tensor | None) -> tuple[th.Tensor | bool, th.Tensor]:
         """One optimizer step on the loss; see :func:`~sb3_r2vpo.optim.descend`."""
-        if self._flat_adam is not None:
-            return descend_by_tensors(loss, self._parameters, self._flat_adam, self.max_grad_norm, may_step)
+        optimizer, parameters = self.policy.optimizer, self._parameters
         if self._plain_mlp is not None:
             self._plain_mlp.backward(loss)
-        else:
-            self.policy.optimizer.zero_grad()
-            loss.backward()
-        return descend(self.policy.optimizer, self._parameters, self.max_grad_norm, may_step)
+            return descend(optimizer, parameters, self.max_grad_norm, may_step)
+        return descend_on(loss, optimizer, parameters, self._flat_adam, self.max_grad_norm, may_step)
 
     def _gradient_step(
         self,

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from sb3_r2vpo.compilation import compiled
 from sb3_r2vpo.objectives import ratio_minus_one
-from sb3_r2vpo.optim import FlatState, descend, descend_by_tensors, flat_state, refuse_nonfinite, with_fewer_operations
+from sb3_r2vpo.optim import FlatState, descend, descend_on, flat_state, refuse_nonfinite, with_fewer_operations
 from sb3_r2vpo.r2vpo.r2vpo import EVALUATION_BATCH_SIZE, R2VPO
 from sb3_r2vpo.rollout_replay import RolloutReplayBuffer, StoredRollout, check_whole_number, drop_padding
 
@@ -264,13 +264,11 @@ class R2VPOOff(R2VPO):
         optimizer, parameters = self.critic_optimizer, self._critic_parameters
         if self._plain_mlp is not None:
             loss = self._plain_mlp.regress_values(observations, returns)  # type: ignore[arg-type]
+            _, norms = descend(optimizer, parameters, self.max_grad_norm, None)
         else:
             loss = F.mse_loss(self.policy.predict_values(observations).flatten(), returns)
-            if self._critic_adam is not None:
-                return loss.detach(), descend_by_tensors(loss, parameters, self._critic_adam, self.max_grad_norm, None)[1]
-            optimizer.zero_grad()
-            loss.backward()
-        return loss.detach(), descend(optimizer, parameters, self.max_grad_norm, None)[1]
+            _, norms = descend_on(loss, optimizer, parameters, self._critic_adam, self.max_grad_norm)
+        return loss.detach(), norms
 
     def _prepare_descent(self) -> None:
         super()._prepare_descent()
