@@ -38,6 +38,7 @@ LABELS = {
     "annealed": "R2VPO, entropy compensated and annealed, advantages not recomputed",
     "r2vpo_fixed": "R2VPO, fixed λ",
     "r2vpo_off_critic": "R2VPOOff, critic apart",
+    "r2vpo_critic": "R2VPO, critic apart",
     "ppo_recompute": "PPO, advantages recomputed",
     "spo": "SPO",
     "exact_kl": "exact KL",
@@ -72,6 +73,9 @@ PAIRS = (
     ("ppo_annealed", "ppo"),
     ("r2vpo_off_critic", "ppo"),
     ("r2vpo_off_critic", "r2vpo_off"),
+    ("r2vpo_critic", "ppo"),
+    ("r2vpo_critic", "ppo_annealed"),
+    ("r2vpo_critic", "r2vpo"),
     ("r2vpo_off_layer_norm", "ppo_annealed_layer_norm"),
 )
 
