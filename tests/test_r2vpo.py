@@ -22,7 +22,7 @@ from sb3_r2vpo import R2VPO, R2VPOOff
 from sb3_r2vpo.dual import DEFAULT_INITIAL_VAR_COEF
 from sb3_r2vpo.objectives import OBJECTIVES
 from sb3_r2vpo.optim import descend
-from sb3_r2vpo.r2vpo.r2vpo_off import critic_parameters
+from sb3_r2vpo.r2vpo.critic import critic_parameters
 from sb3_r2vpo.r2vpo.statistics import gradient_norms
 
 ALGORITHMS = [R2VPO, R2VPOOff]
@@ -54,9 +54,13 @@ def test_ppo_clip_with_a_schedule_is_sb3_ppo_bit_for_bit():
     assert th.equal(weights(ppo), weights(ours))
 
 
+CRITIC_APART = {"critic_capacity": 2, "critic_epochs": 3, "critic_gae_lambda": 0.99, "gae_lambda": 0.7}
+
+
 @pytest.mark.parametrize("env_id", ["CartPole-v1", "Pendulum-v1"])
-def test_off_with_capacity_1_and_utd_1_is_on_bit_for_bit(env_id):
-    settings = {"n_steps": 128, "batch_size": 48, "seed": 3, "device": "cpu", "target_variance": 0.02}
+@pytest.mark.parametrize("options", [{}, CRITIC_APART])
+def test_off_with_capacity_1_and_utd_1_is_on_bit_for_bit(env_id, options):
+    settings = {"n_steps": 128, "batch_size": 48, "seed": 3, "device": "cpu", "target_variance": 0.02, **options}
     on = R2VPO("MlpPolicy", env_id, **settings).learn(4 * 128)
     off = R2VPOOff("MlpPolicy", env_id, replay_capacity=1, utd_ratio=1, **settings).learn(4 * 128)
     assert th.equal(weights(on), weights(off))
@@ -396,18 +400,29 @@ def test_bad_coefficients(algorithm, settings, message):
         ({"utd_ratio": -1.0}, "`utd_ratio` is -1.0"),
         ({"utd_ratio": math.nan}, "`utd_ratio` is nan"),
         ({"utd_ratio": math.inf}, "`utd_ratio` is inf"),
-        ({"critic_capacity": 0}, "`critic_capacity` is 0"),
-        ({"critic_capacity": 2.5}, "`critic_capacity` is 2.5"),
-        ({"critic_capacity": 8, "critic_epochs": 0}, "`critic_epochs` is 0"),
-        ({"critic_capacity": 8, "critic_gae_lambda": 1.5}, "`critic_gae_lambda` is 1.5"),
-        ({"critic_gae_lambda": 0.95}, "pass `critic_capacity`"),
         ({"critic_capacity": 8, "recompute_advantages": False}, "needs `recompute_advantages=True`"),
-        ({"critic_capacity": 8, "clip_range_vf": 0.2}, "`clip_range_vf` is for a critic that learns with the policy"),
     ],
 )
 def test_bad_replay_settings(settings, message):
     with pytest.raises(ValueError, match=message):
         R2VPOOff("MlpPolicy", "CartPole-v1", **settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"critic_capacity": 0}, "`critic_capacity` is 0"),
+        ({"critic_capacity": 2.5}, "`critic_capacity` is 2.5"),
+        ({"critic_capacity": 8, "critic_epochs": 0}, "`critic_epochs` is 0"),
+        ({"critic_capacity": 8, "critic_gae_lambda": 1.5}, "`critic_gae_lambda` is 1.5"),
+        ({"critic_gae_lambda": 0.95}, "pass `critic_capacity`"),
+        ({"critic_capacity": 8, "clip_range_vf": 0.2}, "`clip_range_vf` is for a critic that learns with the policy"),
+    ],
+)
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_bad_critic_settings(algorithm, settings, message):
+    with pytest.raises(ValueError, match=message):
+        algorithm("MlpPolicy", "CartPole-v1", **settings)
 
 
 def test_bad_batch_sizes():
@@ -762,16 +777,28 @@ def test_critic_comes_closer_to_its_targets():
     assert logged(model)["train/critic_loss"] > 0
 
 
-def test_critics_optimizer_is_saved(tmp_path):
-    model = apart().learn(2 * 250)
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_critics_optimizer_is_saved(algorithm, tmp_path):
+    settings = SMALL | {"n_steps": 250, "batch_size": 50, "critic_capacity": 4, "critic_epochs": 3}
+    model = algorithm("MlpPolicy", "Pendulum-v1", **settings).learn(2 * 250)
     model.save(tmp_path / "model")
-    loaded = R2VPOOff.load(tmp_path / "model", env=model.get_env())
+    loaded = algorithm.load(tmp_path / "model", env=model.get_env())
     ours, theirs = (m.critic_optimizer.state_dict()["state"] for m in (model, loaded))
     for number, state in ours.items():
         for name in ("step", "exp_avg", "exp_avg_sq"):
             assert th.equal(state[name], theirs[number][name])
     loaded.learn(250)
     assert {state["step"].item() for state in loaded.critic_optimizer.state.values()} == {3 * 3 * 5}
+
+
+def test_critic_apart_follows_no_epoch_of_the_policy():
+    """With it, `recompute_advantages` computes none anew: the critic is the same at each epoch of the policy."""
+    settings = SMALL | {"n_epochs": 3, **CRITIC_APART}
+    final = [
+        weights(R2VPO("MlpPolicy", "Pendulum-v1", recompute_advantages=recompute, **settings).learn(96))
+        for recompute in (False, True)
+    ]
+    assert th.equal(*final)
 
 
 def test_policies_without_a_critic_of_their_own_are_refused():

@@ -187,7 +187,8 @@ def test_variants_of_the_policy_that_are_left_to_autograd(settings):
     assert not is_plain_mlp(R2VPO("MlpPolicy", "Pendulum-v1", **settings).policy)
 
 
-@pytest.mark.parametrize(("algorithm", "settings"), [(R2VPO, {}), (R2VPOOff, {"critic_capacity": 3, "critic_epochs": 2})])
+@pytest.mark.parametrize("algorithm", [R2VPO, R2VPOOff])
+@pytest.mark.parametrize("settings", [{}, {"critic_capacity": 3, "critic_epochs": 2}])
 @pytest.mark.parametrize("optimizer_class", [th.optim.Adam, th.optim.SGD, th.optim.AdamW])
 def test_by_hand_is_as_by_autograd_with_any_optimizer(optimizer_class, algorithm, settings, monkeypatch):
     settings = SMALL | settings | {"ent_coef": 0.01, "policy_kwargs": {"optimizer_class": optimizer_class}}

@@ -35,11 +35,12 @@ from sb3_r2vpo.optim import (
     where,
     with_fewer_operations,
 )
+from sb3_r2vpo.r2vpo.critic import critic_parameters
 from sb3_r2vpo.r2vpo.evaluation import evaluate_actions
 from sb3_r2vpo.r2vpo.plain_mlp import PlainMlp, is_plain_mlp
 from sb3_r2vpo.r2vpo.policies import CnnPolicy, MlpPolicy, MultiInputPolicy
 from sb3_r2vpo.r2vpo.statistics import PPO_CLIP_RANGE, gradient_norms, summarize_ratios
-from sb3_r2vpo.rollout_replay import StoredRollout, Timeouts, drop_padding
+from sb3_r2vpo.rollout_replay import RolloutReplayBuffer, StoredRollout, Timeouts, check_whole_number, drop_padding
 
 SelfR2VPO = TypeVar("SelfR2VPO", bound="R2VPO")
 
@@ -85,6 +86,15 @@ class R2VPO(OnPolicyAlgorithm):
     :param recompute_advantages: Whether to recompute values, advantages and returns with the current critic before each epoch
         but the first (https://arxiv.org/abs/2006.05990, section 3.5). Behaviour log-probabilities are never touched. SB3's PPO
         does not, and neither does this by default; the settings for DM Control in ``hyperparams/`` do.
+    :param critic_capacity: Number of rollouts that the critic learns from, apart from the policy and before it: more than
+        the policy's, as a value is not tied to the policy that acted as closely as a gradient is. The advantages then have the
+        critic that has learned from the current rollout; ``vf_coef`` and ``recompute_advantages`` have no use. ``None``, the
+        default, as in SB3: the critic learns from the policy's own minibatches, by the same loss.
+    :param critic_epochs: Number of passes over one rollout's worth of steps that such a critic makes for each rollout, in
+        minibatches of ``batch_size``; 20, twice those of the policy at ``n_epochs=10``.
+    :param critic_gae_lambda: GAE's lambda for the targets of such a critic; ``None``, the default, for ``gae_lambda``. A good
+        critic allows the policy a short horizon, and needs a long one itself to become one
+        (https://arxiv.org/abs/2503.01491 decouples the two).
     :param objective: The policy objective: "r2vpo"; "r2vpo_sequence", which takes the ratio of a language model's whole
         response; or a baseline to compare with in the same loop: "ppo_clip", "clip_higher", "gppo", "topr", "topr_token",
         "exact_kl", "spo" (see ``sb3_r2vpo.objectives``), which have no use for the multiplier.
@@ -123,8 +133,9 @@ class R2VPO(OnPolicyAlgorithm):
         compiler's cache is warm. Where the policy keeps distribution objects (gSDE, MultiDiscrete, MultiBinary), only parts
         are compiled.
     :param _init_setup_model: Whether or not to build the network at the creation of the instance
-    :raises ValueError: A coefficient is out of its range, the objective or one of its coefficients is unknown, or what
-        ``compile=True`` needs is missing.
+    :raises ValueError: A coefficient is out of its range, the objective or one of its coefficients is unknown, what
+        ``compile=True`` needs is missing, or ``critic_capacity`` comes with what it can't be combined with:
+        ``clip_range_vf``, or a policy whose critic has no parameters of its own.
     :raises AssertionError: As SB3's PPO: a batch of one with normalised advantages, an unsupported action space.
     """
 
@@ -134,9 +145,12 @@ class R2VPO(OnPolicyAlgorithm):
         "MultiInputPolicy": MultiInputPolicy,
     }
 
+    # Of a critic that learns apart; R2VPOOff's policy draws from it, too
+    replay_buffer: RolloutReplayBuffer | None
     # What a step of gradient descent uses, see `_prepare_descent`
     _parameters: list[th.nn.Parameter]
     _flat_adam: FlatState | None = None
+    _critic_adam: FlatState | None = None
     _plain_mlp: PlainMlp | None = None
 
     def __init__(
@@ -155,6 +169,9 @@ class R2VPO(OnPolicyAlgorithm):
         min_var_coef: float = 0.0,
         compensate_entropy: bool = True,
         recompute_advantages: bool = False,
+        critic_capacity: int | None = None,
+        critic_epochs: int = 20,
+        critic_gae_lambda: float | None = None,
         objective: str = "r2vpo",
         objective_kwargs: dict[str, Any] | None = None,
         clip_range_vf: float | Schedule | None = None,
@@ -213,6 +230,9 @@ class R2VPO(OnPolicyAlgorithm):
         self.min_var_coef = min_var_coef
         self.compensate_entropy = compensate_entropy
         self.recompute_advantages = recompute_advantages
+        self.critic_capacity = critic_capacity
+        self.critic_epochs = critic_epochs
+        self.critic_gae_lambda = critic_gae_lambda
         self.objective = objective
         self.objective_kwargs = objective_kwargs
         self.clip_range_vf = clip_range_vf
@@ -249,8 +269,10 @@ class R2VPO(OnPolicyAlgorithm):
 
     def _setup_model(self) -> None:
         self._check_coefficients()
+        self._check_critic_settings()
         # Built first: an invalid `var_coef` must not leave a half-made model
         dual = DualVariable(self.var_coef, self.min_var_coef)
+        replay_buffer = self._empty_replay_buffer()
         # Actions that are whole responses of a language model bring a buffer of sequences
         sequence_buffer_class = getattr(self.action_space, "rollout_buffer_class", None)
         if self.compile and sequence_buffer_class is not None:
@@ -267,6 +289,14 @@ class R2VPO(OnPolicyAlgorithm):
             # Refused now, rather than at the first update
             flat_state(self.policy.optimizer, list(self.policy.parameters()))
         self._step = compiled(self._gradient_step) if self.compile else self._gradient_step
+        self.replay_buffer = replay_buffer
+        if self.critic_capacity is not None:
+            self._critic_parameters = critic_parameters(self.policy)
+            self.critic_optimizer = with_fewer_operations(
+                self.policy.optimizer_class(self._critic_parameters, lr=self.lr_schedule(1), **self.policy.optimizer_kwargs),  # type: ignore[call-arg]
+                flat=self.compile,
+            )
+            self._critic_step = compiled(self._critic_gradient_step) if self.compile else self._critic_gradient_step
 
         # `load()` calls this method again on what it has restored: wrapping a `FloatSchedule` once more is harmless
         if isinstance(self.target_variance, str):
@@ -297,6 +327,23 @@ class R2VPO(OnPolicyAlgorithm):
             raise ValueError(f"`dual_learning_rate` is {self.dual_learning_rate}; it must be finite and not negative.")
         check_objective(self.objective, self.objective_kwargs)
 
+    def _check_critic_settings(self) -> None:
+        check_whole_number("critic_epochs", self.critic_epochs)
+        if self.critic_gae_lambda is not None and not 0 <= self.critic_gae_lambda <= 1:
+            raise ValueError(f"`critic_gae_lambda` is {self.critic_gae_lambda}; it must be within 0 and 1, or None.")
+        if self.critic_capacity is None:
+            if self.critic_gae_lambda is not None:
+                raise ValueError("`critic_gae_lambda` is for a critic that learns apart: pass `critic_capacity`, such as 8.")
+        elif self.clip_range_vf is not None:
+            raise ValueError("`clip_range_vf` is for a critic that learns with the policy: leave out it or `critic_capacity`.")
+
+    def _empty_replay_buffer(self) -> RolloutReplayBuffer | None:
+        """For the rollouts that are needed after their own update; ``None`` if none are."""
+        if self.critic_capacity is None:
+            return None
+        check_whole_number("critic_capacity", self.critic_capacity)
+        return RolloutReplayBuffer(self.critic_capacity)
+
     def _objective_coefficients(self) -> dict[str, Any]:
         """The coefficients that the objective takes, at the current progress of training."""
         if self.objective.startswith("r2vpo"):
@@ -311,7 +358,11 @@ class R2VPO(OnPolicyAlgorithm):
 
     def _minibatches(self) -> Iterator[RolloutBufferSamples]:
         """The minibatches of one update, in order: ``n_epochs`` shuffled passes over the rollout."""
-        rollout = self._store_rollout() if self.recompute_advantages else None
+        rollout = None
+        if self.replay_buffer is not None:
+            (rollout,) = self.replay_buffer.newest(1)
+        elif self.recompute_advantages:
+            rollout = self._store_rollout()
         draw = self.rollout_buffer.get
         # A class of the user's may do as it likes in `get`
         if rollout is None and type(self.rollout_buffer) in (RolloutBuffer, DictRolloutBuffer):
@@ -319,7 +370,8 @@ class R2VPO(OnPolicyAlgorithm):
         for epoch in range(self.n_epochs):
             self._n_updates += 1
             if rollout is not None:
-                if epoch > 0:
+                # A critic that learns apart is as it was
+                if epoch > 0 and self.critic_capacity is None:
                     self._update_advantages(rollout)
                 draw = partial(shuffled_minibatches, [rollout.training_tensors()])  # type: ignore[assignment]
             yield from draw(self.batch_size)
@@ -453,7 +505,7 @@ class R2VPO(OnPolicyAlgorithm):
     @property
     def _joint_vf_coef(self) -> float:
         """Value function coefficient for the loss that policy and critic have in common"""
-        return self.vf_coef
+        return self.vf_coef if self.critic_capacity is None else 0.0
 
     @property
     def _compensates_entropy(self) -> bool:
@@ -495,10 +547,14 @@ class R2VPO(OnPolicyAlgorithm):
     def train(self) -> None:
         """Update the policy on the current rollout: gradient ascent on the policy, dual ascent on the multiplier."""
         self._check_rollout_is_finite()
+        optimizers = [self.policy.optimizer]
+        if self.critic_capacity is not None:
+            optimizers.append(self.critic_optimizer)
+        self._update_learning_rate(optimizers)
+        self._prepare_descent()
+        self._prepare_rollouts()
         # Switch to train mode (this affects batch norm / dropout)
         self.policy.set_training_mode(True)
-        self._update_learning_rate(self.policy.optimizer)
-        self._prepare_descent()
         self.dual.follow_schedule(self._current_progress_remaining)
         target_variance = th.as_tensor(self._current_value(self.target_variance), device=self.device)
         ent_coef = th.as_tensor(self._current_value(self.ent_coef), device=self.device)
@@ -525,6 +581,51 @@ class R2VPO(OnPolicyAlgorithm):
         if self.dual.adaptive:
             self.logger.record("train/target_variance", float(target_variance))
 
+    def _prepare_rollouts(self) -> None:
+        """Put the rollout into the replay buffer, if there is one, and let a critic that learns apart learn from it."""
+        if self.replay_buffer is not None:
+            self.replay_buffer.add(self._store_rollout())
+        if self.critic_capacity is not None:
+            self._train_critic()
+
+    def _train_critic(self) -> None:
+        """Bring the returns of the critic's rollouts up to date, regress its values on them, and renew the advantages."""
+        assert self.critic_capacity is not None
+        assert self.replay_buffer is not None
+        rollouts = self.replay_buffer.newest(self.critic_capacity)
+        following = None
+        for stored in reversed(rollouts):
+            self._update_advantages(stored, following=following, gae_lambda=self.critic_gae_lambda)
+            following = stored
+        self.policy.set_training_mode(True)
+        losses, norms = [], []
+        for minibatches in self.replay_buffer.passes(self.batch_size, self.critic_epochs, self.critic_capacity):
+            for rollout_data in minibatches:
+                loss, gradient_norms = self._critic_step(rollout_data.observations, rollout_data.returns)
+                losses.append(loss)
+                norms.append(gradient_norms)
+        self.policy.set_training_mode(False)
+        refuse_nonfinite(th.stack(norms))
+        self.logger.record("train/critic_loss", th.stack(losses).mean().item())
+        self._update_advantages(rollouts[-1])
+
+    def _critic_gradient_step(
+        self, observations: th.Tensor | dict[str, th.Tensor], returns: th.Tensor
+    ) -> tuple[th.Tensor, th.Tensor]:
+        """
+        One minibatch of a critic that learns apart: tensors in, tensors out, so that it can be compiled.
+
+        :return: The loss and the norm of each parameter's gradient
+        """
+        optimizer, parameters = self.critic_optimizer, self._critic_parameters
+        if self._plain_mlp is not None:
+            loss = self._plain_mlp.regress_values(observations, returns)  # type: ignore[arg-type]
+            _, norms = descend(optimizer, parameters, self.max_grad_norm, None)
+        else:
+            loss = F.mse_loss(self.policy.predict_values(observations).flatten(), returns)
+            _, norms = descend_on(loss, optimizer, parameters, self._critic_adam, self.max_grad_norm)
+        return loss.detach(), norms
+
     def _prepare_descent(self) -> None:
         """Look up, once an update, what :meth:`_descend` needs: policy and optimizer may have been changed or replaced."""
         optimizer = self.policy.optimizer
@@ -532,6 +633,8 @@ class R2VPO(OnPolicyAlgorithm):
         self._flat_adam = self._plain_mlp = None
         if self.compile:
             self._flat_adam = flat_state(optimizer, self._parameters)
+            if self.critic_capacity is not None:
+                self._critic_adam = flat_state(self.critic_optimizer, self._critic_parameters)
         elif is_plain_mlp(self.policy):
             self._plain_mlp = PlainMlp(self.policy, entropy_gradient=self._has_entropy_bonus)
             for parameter in self._parameters:
@@ -576,11 +679,12 @@ class R2VPO(OnPolicyAlgorithm):
             self.logger.record(f"train/{name}", float(coefficient))
 
     def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "_timeouts", "_step", "_parameters", "_plain_mlp", "_flat_adam"]
+        critic = ["critic_optimizer", "_critic_parameters", "_critic_step", "_critic_adam"]
+        return [*super()._excluded_save_params(), "_timeouts", "_step", "_parameters", "_plain_mlp", "_flat_adam", *critic]
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         state_dicts, tensors = super()._get_torch_save_params()
-        return [*state_dicts, "dual"], tensors
+        return [*state_dicts, "dual", *(["critic_optimizer"] if self.critic_capacity is not None else [])], tensors
 
     def learn(
         self: SelfR2VPO,

@@ -12,36 +12,12 @@ from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.save_util import load_from_pkl, save_to_pkl
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, RolloutBufferSamples, Schedule
-from torch.nn import functional as F
 
-from sb3_r2vpo.compilation import compiled
 from sb3_r2vpo.objectives import ratio_minus_one
-from sb3_r2vpo.optim import FlatState, descend, descend_on, flat_state, refuse_nonfinite, with_fewer_operations
 from sb3_r2vpo.r2vpo.r2vpo import EVALUATION_BATCH_SIZE, R2VPO
-from sb3_r2vpo.rollout_replay import RolloutReplayBuffer, StoredRollout, check_whole_number, drop_padding
+from sb3_r2vpo.rollout_replay import RolloutReplayBuffer, StoredRollout, drop_padding
 
 SelfR2VPOOff = TypeVar("SelfR2VPOOff", bound="R2VPOOff")
-
-
-def critic_parameters(policy: ActorCriticPolicy) -> list[th.nn.Parameter]:
-    """
-    :param policy: A policy
-    :return: The parameters that its values depend on
-    :raises ValueError: There are none, or the policy's actions depend on some of them, too.
-    """
-    own: list[th.nn.Parameter] = []
-    # Language models have no such networks
-    if hasattr(policy, "mlp_extractor"):
-        actor = [policy.pi_features_extractor, policy.mlp_extractor.policy_net]
-        critic = [policy.vf_features_extractor, policy.mlp_extractor.value_net, policy.value_net]
-        shared = {id(parameter) for module in actor for parameter in module.parameters()}
-        own = [parameter for module in critic for parameter in module.parameters()]
-    if not own or any(id(parameter) in shared for parameter in own):
-        raise ValueError(
-            "`critic_capacity` is for a critic with parameters of its own, which this policy does not have. If it shares its "
-            "features extractor, pass `policy_kwargs=dict(share_features_extractor=False)`; else no `critic_capacity`."
-        )
-    return own
 
 
 class R2VPOOff(R2VPO):
@@ -68,24 +44,14 @@ class R2VPOOff(R2VPO):
     :param recompute_advantages: Whether to bring values, advantages and returns of the stored rollouts up to date with the
         current critic before each update. GAE then goes on from each rollout into the one that followed it. Behaviour
         log-probabilities are never touched.
-    :param critic_capacity: Number of rollouts that the critic learns from, apart from the policy and before it: more than
-        the policy's, as a value is not tied to the policy that acted as closely as a gradient is. The advantages then have the
-        critic that has learned from the current rollout, and ``vf_coef`` is not used. ``None``, the default, as in SB3: the
-        critic learns from the policy's own minibatches, by the same loss. Eight, with ``gae_lambda=0.7`` and
-        ``critic_gae_lambda=0.95``, is level with ``None`` over ten tasks of DM Control (``benchmarks/control``, three seeds).
-    :param critic_epochs: Number of passes over one rollout's worth of steps that such a critic makes for each rollout, in
-        minibatches of ``batch_size``; 20, twice those of the policy at ``n_epochs=10`` and ``utd_ratio=1``.
-    :param critic_gae_lambda: GAE's lambda for the targets of such a critic; ``None``, the default, for ``gae_lambda``. A good
-        critic allows the policy a short horizon, and needs a long one itself to become one
-        (https://arxiv.org/abs/2503.01491 decouples the two).
-    :raises ValueError: ``replay_capacity``, ``critic_capacity`` or ``critic_epochs`` is not a whole number of at least 1,
-        ``utd_ratio`` is not positive and finite, ``critic_gae_lambda`` is not within 0 and 1; or
-        ``critic_capacity`` comes with what it can't be combined with: ``recompute_advantages=False``, ``clip_range_vf``, or
-        a policy whose critic has no parameters of its own.
+    :param critic_capacity: see :class:`R2VPO`; ``recompute_advantages=True`` goes with it, and the rollouts are kept once, for
+        the critic and the policy. Eight rollouts of 32 steps, with ``gae_lambda=0.7`` and ``critic_gae_lambda=0.95``, are
+        level with ``None`` over ten tasks of DM Control (``benchmarks/control``, three seeds).
+    :raises ValueError: ``replay_capacity`` is not a whole number of at least 1, ``utd_ratio`` is not positive and finite, or
+        ``critic_capacity`` comes with ``recompute_advantages=False``.
     """
 
     replay_buffer: RolloutReplayBuffer
-    _critic_adam: FlatState | None = None
 
     def __init__(
         self,
@@ -144,6 +110,9 @@ class R2VPOOff(R2VPO):
             min_var_coef=min_var_coef,
             compensate_entropy=compensate_entropy,
             recompute_advantages=recompute_advantages,
+            critic_capacity=critic_capacity,
+            critic_epochs=critic_epochs,
+            critic_gae_lambda=critic_gae_lambda,
             objective=objective,
             objective_kwargs=objective_kwargs,
             clip_range_vf=clip_range_vf,
@@ -167,9 +136,6 @@ class R2VPOOff(R2VPO):
         )
         self.replay_capacity = replay_capacity
         self.utd_ratio = utd_ratio
-        self.critic_capacity = critic_capacity
-        self.critic_epochs = critic_epochs
-        self.critic_gae_lambda = critic_gae_lambda
 
         if _init_setup_model:
             self._setup_model()
@@ -177,41 +143,15 @@ class R2VPOOff(R2VPO):
     def _setup_model(self) -> None:
         if not (math.isfinite(self.utd_ratio) and self.utd_ratio > 0):
             raise ValueError(f"`utd_ratio` is {self.utd_ratio}; it must be positive and finite.")
-        replay_buffer = self._empty_replay_buffer()
-        self._check_critic_settings()
+        if self.critic_capacity is not None and not self.recompute_advantages:
+            raise ValueError("`critic_capacity` needs `recompute_advantages=True`: the critic learns before the advantages.")
         super()._setup_model()
-        self.replay_buffer = replay_buffer
-        if self.critic_capacity is not None:
-            self._critic_parameters = critic_parameters(self.policy)
-            self.critic_optimizer = with_fewer_operations(
-                self.policy.optimizer_class(self._critic_parameters, lr=self.lr_schedule(1), **self.policy.optimizer_kwargs),  # type: ignore[call-arg]
-                flat=self.compile,
-            )
-            self._critic_step = compiled(self._critic_gradient_step) if self.compile else self._critic_gradient_step
 
     def _empty_replay_buffer(self) -> RolloutReplayBuffer:
         """One buffer for policy and critic: each learns from the newest rollouts, in numbers of their own."""
         replay_buffer = RolloutReplayBuffer(self.replay_capacity)
-        if self.critic_capacity is None:
-            return replay_buffer
-        check_whole_number("critic_capacity", self.critic_capacity)
-        return RolloutReplayBuffer(max(self.replay_capacity, self.critic_capacity))
-
-    def _check_critic_settings(self) -> None:
-        check_whole_number("critic_epochs", self.critic_epochs)
-        if self.critic_gae_lambda is not None and not 0 <= self.critic_gae_lambda <= 1:
-            raise ValueError(f"`critic_gae_lambda` is {self.critic_gae_lambda}; it must be within 0 and 1, or None.")
-        if self.critic_capacity is None:
-            if self.critic_gae_lambda is not None:
-                raise ValueError("`critic_gae_lambda` is for a critic that learns apart: pass `critic_capacity`, such as 8.")
-        elif not self.recompute_advantages:
-            raise ValueError("`critic_capacity` needs `recompute_advantages=True`: the critic learns before the advantages.")
-        elif self.clip_range_vf is not None:
-            raise ValueError("`clip_range_vf` is for a critic that learns with the policy: leave out it or `critic_capacity`.")
-
-    @property
-    def _joint_vf_coef(self) -> float:
-        return self.vf_coef if self.critic_capacity is None else 0.0
+        critics = super()._empty_replay_buffer()
+        return replay_buffer if critics is None or critics.capacity < replay_buffer.capacity else critics
 
     def _minibatches(self) -> Iterator[RolloutBufferSamples]:
         """``utd_ratio * n_epochs`` times the minibatches of one rollout, from the policy's rollouts in the replay buffer."""
@@ -220,60 +160,14 @@ class R2VPOOff(R2VPO):
             self._n_updates += 1
             yield from minibatches
 
-    def train(self) -> None:
-        """Put the current rollout into the replay buffer, bring the older ones up to date, and update the policy on all."""
-        self._check_rollout_is_finite()
-        self.replay_buffer.add(self._store_rollout())
+    def _prepare_rollouts(self) -> None:
+        """After the newest rollout, bring those that the policy trains on as well up to date."""
+        super()._prepare_rollouts()
         rollouts = self.replay_buffer.newest(self.replay_capacity)
-        if self.critic_capacity is not None:
-            self._train_critic()
-            self._update_advantages(rollouts[-1])
         # The newest one has the current critic's values, and ratios of one
         for staleness, (following, stored) in enumerate(pairwise(reversed(rollouts)), start=1):
             variance = self._refresh(stored, following)
             self.logger.record(f"train/ratio_variance_stale_{staleness}", variance)
-        super().train()
-
-    def _train_critic(self) -> None:
-        """Bring the returns of the critic's rollouts up to date, and regress the critic's values on them."""
-        assert self.critic_capacity is not None
-        following = None
-        for stored in reversed(self.replay_buffer.newest(self.critic_capacity)):
-            self._update_advantages(stored, following=following, gae_lambda=self.critic_gae_lambda)
-            following = stored
-        self.policy.set_training_mode(True)
-        self._update_learning_rate(self.critic_optimizer)
-        self._prepare_descent()
-        losses, norms = [], []
-        for minibatches in self.replay_buffer.passes(self.batch_size, self.critic_epochs, self.critic_capacity):
-            for rollout_data in minibatches:
-                loss, gradient_norms = self._critic_step(rollout_data.observations, rollout_data.returns)
-                losses.append(loss)
-                norms.append(gradient_norms)
-        refuse_nonfinite(th.stack(norms))
-        self.logger.record("train/critic_loss", th.stack(losses).mean().item())
-
-    def _critic_gradient_step(
-        self, observations: th.Tensor | dict[str, th.Tensor], returns: th.Tensor
-    ) -> tuple[th.Tensor, th.Tensor]:
-        """
-        One minibatch of a critic that learns apart: tensors in, tensors out, so that it can be compiled.
-
-        :return: The loss and the norm of each parameter's gradient
-        """
-        optimizer, parameters = self.critic_optimizer, self._critic_parameters
-        if self._plain_mlp is not None:
-            loss = self._plain_mlp.regress_values(observations, returns)  # type: ignore[arg-type]
-            _, norms = descend(optimizer, parameters, self.max_grad_norm, None)
-        else:
-            loss = F.mse_loss(self.policy.predict_values(observations).flatten(), returns)
-            _, norms = descend_on(loss, optimizer, parameters, self._critic_adam, self.max_grad_norm)
-        return loss.detach(), norms
-
-    def _prepare_descent(self) -> None:
-        super()._prepare_descent()
-        if self.compile and self.critic_capacity is not None:
-            self._critic_adam = flat_state(self.critic_optimizer, self._critic_parameters)
 
     @th.no_grad()
     def _refresh(self, rollout: StoredRollout, following: StoredRollout | None = None) -> float:
@@ -330,13 +224,6 @@ class R2VPOOff(R2VPO):
             rollout.buffer.device = self.device
             replay_buffer.add(rollout)
         self.replay_buffer = replay_buffer
-
-    def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "critic_optimizer", "_critic_parameters", "_critic_step", "_critic_adam"]
-
-    def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
-        state_dicts, tensors = super()._get_torch_save_params()
-        return [*state_dicts, *(["critic_optimizer"] if self.critic_capacity is not None else [])], tensors
 
     def learn(
         self: SelfR2VPOOff,
