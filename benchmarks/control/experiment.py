@@ -110,14 +110,12 @@ METHODS |= {
         without=(),
         own={"critic_capacity": 8, "critic_gae_lambda": 0.95, "gae_lambda": 0.7, **COMPILED},
     ),
-    # Such a critic on-policy, a replay of the one rollout, and R2VPOOff's entropy; step 18
+    # Such a critic on-policy, and R2VPOOff's entropy; step 18
     "r2vpo_critic": Method(
-        R2VPOOff,
+        R2VPO,
         "r2vpo",
         without=("recompute_advantages",),
         own={
-            "replay_capacity": 1,
-            "utd_ratio": 1.0,
             "critic_capacity": 2,
             "critic_gae_lambda": 0.99,
             "gae_lambda": 0.7,
