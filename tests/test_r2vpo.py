@@ -791,14 +791,25 @@ def test_critics_optimizer_is_saved(algorithm, tmp_path):
     assert {state["step"].item() for state in loaded.critic_optimizer.state.values()} == {3 * 3 * 5}
 
 
-def test_critic_apart_follows_no_epoch_of_the_policy():
+def test_critic_apart_follows_no_epoch_of_the_policy(monkeypatch):
     """With it, `recompute_advantages` computes none anew: the critic is the same at each epoch of the policy."""
+    computed = []
+    update_advantages = R2VPO._update_advantages
+
+    def counted(model, rollout, *args, **kwargs):
+        computed.append(rollout)
+        update_advantages(model, rollout, *args, **kwargs)
+
+    monkeypatch.setattr(R2VPO, "_update_advantages", counted)
     settings = SMALL | {"n_epochs": 3, **CRITIC_APART}
     final = [
         weights(R2VPO("MlpPolicy", "Pendulum-v1", recompute_advantages=recompute, **settings).learn(96))
         for recompute in (False, True)
     ]
     assert th.equal(*final)
+    # In each update those of the critic's rollouts, one at first and then two, and in the end the policy's
+    n_updates = 96 // SMALL["n_steps"]
+    assert len(computed) == 2 * (3 * n_updates - 1)
 
 
 def test_policies_without_a_critic_of_their_own_are_refused():
