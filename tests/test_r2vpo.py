@@ -289,7 +289,7 @@ def test_gradient_norms_are_those_that_get_clipped():
     for parameter in model.policy.parameters():
         parameter.grad = th.randn_like(parameter)
     _, norms_by_parameter = descend(model.policy.optimizer, list(model.policy.parameters()), math.inf, None)
-    norms = gradient_norms(model.policy, norms_by_parameter)
+    norms = gradient_norms([name for name, _ in model.policy.named_parameters()], norms_by_parameter)
     total = th.nn.utils.get_total_norm([p.grad for p in model.policy.parameters()])
     th.testing.assert_close((norms["policy_grad_norm"] ** 2 + norms["value_grad_norm"] ** 2).sqrt(), total)
     critic = [*model.policy.mlp_extractor.value_net.parameters(), *model.policy.value_net.parameters()]
@@ -774,7 +774,22 @@ def test_critic_comes_closer_to_its_targets():
     before = error()
     model._train_critic()
     assert error() < 0.95 * before
-    assert logged(model)["train/critic_loss"] > 0
+
+
+@pytest.mark.parametrize("compile", [False, True])
+def test_critic_and_policy_have_optimizers_of_their_own(compile):
+    """Each parameter is in one of them; the loss and the gradient that are logged of the critic are those of its own steps."""
+    model = apart(compile=compile, compensate_entropy=False).learn(250)
+    owned = [
+        [id(parameter) for group in optimizer.param_groups for parameter in group["params"]]
+        for optimizer in (model.policy.optimizer, model.critic_optimizer)
+    ]
+    assert owned[1] == [id(parameter) for parameter in critic_parameters(model.policy)]
+    assert sorted([*owned[0], *owned[1]]) == sorted(id(parameter) for parameter in model.policy.parameters())
+    values = logged(model)
+    assert values["train/value_loss"] > 0
+    assert values["train/value_grad_norm"] > 0
+    assert values["train/loss"] == pytest.approx(values["train/policy_gradient_loss"], abs=1e-5)
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)

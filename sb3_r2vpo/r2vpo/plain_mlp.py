@@ -121,7 +121,7 @@ class PlainMlp:
 
     def backward(self, loss: th.Tensor) -> None:
         """
-        Set the gradients of all parameters.
+        Set the gradients of all parameters, or of the actor's alone if the loss does not depend on the values.
 
         :param loss: A scalar made of the results of the last :meth:`evaluate_actions`
         """
@@ -137,7 +137,9 @@ class PlainMlp:
                 outputs_grad, std_grad = gaussian_backward(*self.gaussian, _gradient(self.log_prob), self.entropy.grad)
                 th.mul(std_grad, self.gaussian[-1], out=self.log_std.grad)
             self.actor.backward(outputs_grad)
-            self.critic.backward(_gradient(self.values).unsqueeze(1))
+            # A critic that learns apart has a loss of its own
+            if self.values.grad is not None:
+                self.critic.backward(self.values.grad.unsqueeze(1))
 
     @th.inference_mode()
     def regress_values(self, observations: th.Tensor, returns: th.Tensor) -> th.Tensor:

@@ -287,19 +287,14 @@ class R2VPO(OnPolicyAlgorithm):
             self.rollout_buffer_class = sequence_buffer_class
         super()._setup_model()
         self.dual = dual.to(self.device)
+        self.replay_buffer = replay_buffer
+        if self.critic_capacity is not None:
+            self._give_critic_its_optimizer()
         self.policy.optimizer = with_fewer_operations(self.policy.optimizer, flat=self.compile)
         if self.compile:
             # Refused now, rather than at the first update
-            flat_state(self.policy.optimizer, list(self.policy.parameters()))
+            flat_state(self.policy.optimizer, [*self._trained_parameters().values()])
         self._step = compiled(self._gradient_step) if self.compile else self._gradient_step
-        self.replay_buffer = replay_buffer
-        if self.critic_capacity is not None:
-            self._critic_parameters = critic_parameters(self.policy)
-            self.critic_optimizer = with_fewer_operations(
-                self.policy.optimizer_class(self._critic_parameters, lr=self.lr_schedule(1), **self.policy.optimizer_kwargs),  # type: ignore[call-arg]
-                flat=self.compile,
-            )
-            self._critic_step = compiled(self._critic_gradient_step) if self.compile else self._critic_gradient_step
 
         # `load()` calls this method again on what it has restored: wrapping a `FloatSchedule` once more is harmless
         if isinstance(self.target_variance, str):
@@ -309,6 +304,26 @@ class R2VPO(OnPolicyAlgorithm):
             if isinstance(self.clip_range_vf, float | int):
                 assert self.clip_range_vf > 0, "`clip_range_vf` must be positive, pass `None` to deactivate vf clipping"
             self.clip_range_vf = FloatSchedule(self.clip_range_vf)
+
+    def _give_critic_its_optimizer(self) -> None:
+        """Take the parameters of a critic that learns apart from the policy's optimizer, so that each has one optimizer."""
+        self._critic_parameters = critic_parameters(self.policy)
+        self.critic_optimizer = with_fewer_operations(
+            self.policy.optimizer_class(self._critic_parameters, lr=self.lr_schedule(1), **self.policy.optimizer_kwargs),  # type: ignore[call-arg]
+            flat=self.compile,
+        )
+        self._critic_step = compiled(self._critic_gradient_step) if self.compile else self._critic_gradient_step
+        trained = {id(parameter) for parameter in self._trained_parameters().values()}
+        for group in self.policy.optimizer.param_groups:
+            group["params"] = [parameter for parameter in group["params"] if id(parameter) in trained]
+
+    def _trained_parameters(self) -> dict[str, th.nn.Parameter]:
+        """By name, what the loss of policy and critic trains: all parameters but those of a critic that learns apart."""
+        parameters = dict(self.policy.named_parameters())
+        if self.critic_capacity is None:
+            return parameters
+        critics = {id(parameter) for parameter in self._critic_parameters}
+        return {name: parameter for name, parameter in parameters.items() if id(parameter) not in critics}
 
     def _check_coefficients(self) -> None:
         if hasattr(self, "clip_range"):
@@ -498,17 +513,14 @@ class R2VPO(OnPolicyAlgorithm):
             # Clip the difference between old and new value; NOTE: this depends on the reward scaling
             old_values = rollout_data.old_values
             values = old_values + th.clamp(values - old_values, -clip_range_vf, clip_range_vf)  # type: ignore[arg-type]
-        # Value loss using the TD(gae_lambda) target
-        parts["value_loss"] = value_loss = F.mse_loss(rollout_data.returns, values)
-        parts["loss"] = loss = loss.add(value_loss, alpha=self._joint_vf_coef)
+        if self.critic_capacity is None:
+            # Value loss using the TD(gae_lambda) target
+            parts["value_loss"] = value_loss = F.mse_loss(rollout_data.returns, values)
+            loss = loss.add(value_loss, alpha=self.vf_coef)
+        parts["loss"] = loss
         if self.target_kl is not None:
             parts["approx_kl"] = drop_padding(deviation - log_ratio.detach(), rollout_data).mean()
         return loss, {name: part.detach() for name, part in parts.items()}
-
-    @property
-    def _joint_vf_coef(self) -> float:
-        """Value function coefficient for the loss that policy and critic have in common"""
-        return self.vf_coef if self.critic_capacity is None else 0.0
 
     @property
     def _compensates_entropy(self) -> bool:
@@ -550,10 +562,7 @@ class R2VPO(OnPolicyAlgorithm):
     def train(self) -> None:
         """Update the policy on the current rollout: gradient ascent on the policy, dual ascent on the multiplier."""
         self._check_rollout_is_finite()
-        optimizers = [self.policy.optimizer]
-        if self.critic_capacity is not None:
-            optimizers.append(self.critic_optimizer)
-        self._update_learning_rate(optimizers)
+        self._update_learning_rate(self._optimizers())
         self._prepare_descent()
         self._prepare_rollouts()
         # Switch to train mode (this affects batch norm / dropout)
@@ -601,15 +610,17 @@ class R2VPO(OnPolicyAlgorithm):
             self._update_advantages(stored, following=following, gae_lambda=self.critic_gae_lambda)
             following = stored
         self.policy.set_training_mode(True)
-        losses, norms = [], []
+        losses, grad_norms = [], []
         for minibatches in self.replay_buffer.passes(self.batch_size, self.critic_epochs, self.critic_capacity):
             for rollout_data in minibatches:
-                loss, gradient_norms = self._critic_step(rollout_data.observations, rollout_data.returns)
+                loss, norms = self._critic_step(rollout_data.observations, rollout_data.returns)
                 losses.append(loss)
-                norms.append(gradient_norms)
+                grad_norms.append(norms)
         self.policy.set_training_mode(False)
-        refuse_nonfinite(th.stack(norms))
-        self.logger.record("train/critic_loss", th.stack(losses).mean().item())
+        norms = th.stack(grad_norms)
+        refuse_nonfinite(norms)
+        self.logger.record("train/value_loss", th.stack(losses).mean().item())
+        self.logger.record("train/value_grad_norm", th.linalg.vector_norm(norms, dim=-1).mean().item())
         self._update_advantages(rollouts[-1])
 
     def _critic_gradient_step(
@@ -629,10 +640,13 @@ class R2VPO(OnPolicyAlgorithm):
             _, norms = descend_on(loss, optimizer, parameters, self._critic_adam, self.max_grad_norm)
         return loss.detach(), norms
 
+    def _optimizers(self) -> list[th.optim.Optimizer]:
+        return [self.policy.optimizer] if self.critic_capacity is None else [self.policy.optimizer, self.critic_optimizer]
+
     def _prepare_descent(self) -> None:
         """Look up, once an update, what :meth:`_descend` needs: policy and optimizer may have been changed or replaced."""
         optimizer = self.policy.optimizer
-        self._parameters = list(self.policy.parameters())
+        self._parameters = [*self._trained_parameters().values()]
         self._flat_adam = self._plain_mlp = None
         if self.compile:
             self._flat_adam = flat_state(optimizer, self._parameters)
@@ -640,10 +654,11 @@ class R2VPO(OnPolicyAlgorithm):
                 self._critic_adam = flat_state(self.critic_optimizer, self._critic_parameters)
         elif is_plain_mlp(self.policy):
             self._plain_mlp = PlainMlp(self.policy, entropy_gradient=self._has_entropy_bonus)
-            for parameter in self._parameters:
+            for parameter in self.policy.parameters():
                 parameter.grad = th.zeros_like(parameter)
-            if isinstance(optimizer, FlatAdam):
-                optimizer.share_gradients()
+            for owner in self._optimizers():
+                if isinstance(owner, FlatAdam):
+                    owner.share_gradients()
 
     def _reduce(self, values: th.Tensor, rollout_data: RolloutBufferSamples) -> th.Tensor:
         """Plain mean over steps; over the tokens of sequences, as their buffer says."""
@@ -668,7 +683,7 @@ class R2VPO(OnPolicyAlgorithm):
     def _log_statistics(self, statistics: dict[str, list[th.Tensor]]) -> None:
         clip_range = self._objective_coefficients().get("clip_range", PPO_CLIP_RANGE)
         summary = summarize_ratios(th.cat(statistics.pop("log_ratio")), clip_range)
-        summary |= gradient_norms(self.policy, th.stack(statistics.pop("grad_norms")))
+        summary |= gradient_norms(self._trained_parameters(), th.stack(statistics.pop("grad_norms")))
         summary |= {name: th.stack(values) for name, values in statistics.items()}
         means = th.stack([values.mean() for values in summary.values()]).tolist()
         for name, value in zip(summary, means, strict=True):

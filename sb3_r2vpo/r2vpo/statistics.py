@@ -1,5 +1,7 @@
 """What is logged of an update: computed once, at its end, from tensors that the minibatches left on the device."""
 
+from collections.abc import Iterable
+
 import torch as th
 
 from sb3_r2vpo.objectives import ratio_statistics
@@ -28,13 +30,12 @@ def summarize_ratios(log_ratio: th.Tensor, clip_range: float | th.Tensor = PPO_C
     }
 
 
-def gradient_norms(policy: th.nn.Module, norms: th.Tensor) -> dict[str, th.Tensor]:
+def gradient_norms(names: Iterable[str], norms: th.Tensor) -> dict[str, th.Tensor]:
     """
-    :param policy: An actor-critic policy
-    :param norms: Those of the gradient of each of its parameters, before clipping, in the last dimension
-    :return: Norms of the critic's own gradients, and of all others (a shared feature extractor's included)
+    :param names: Those of an actor-critic policy's parameters
+    :param norms: Those of the gradient of each of them, before clipping, in the last dimension
+    :return: Norms of the critic's own gradients, if there are any, and of all others (a shared feature extractor's included)
     """
-    names = [name for name, _ in policy.named_parameters()]
     is_critic = th.tensor(["value_net" in name or name.startswith("vf_features_extractor") for name in names])
     groups = {"policy_grad_norm": norms[..., ~is_critic], "value_grad_norm": norms[..., is_critic]}
-    return {name: th.linalg.vector_norm(group, dim=-1) for name, group in groups.items()}
+    return {name: th.linalg.vector_norm(group, dim=-1) for name, group in groups.items() if group.shape[-1] > 0}
