@@ -417,6 +417,7 @@ def test_bad_replay_settings(settings, message):
         ({"critic_capacity": 8, "critic_gae_lambda": 1.5}, "`critic_gae_lambda` is 1.5"),
         ({"critic_gae_lambda": 0.95}, "pass `critic_capacity`"),
         ({"critic_capacity": 8, "clip_range_vf": 0.2}, "`clip_range_vf` is for a critic that learns with the policy"),
+        ({"critic_capacity": 8, "std_scaled_learning_rate": True}, "`std_scaled_learning_rate` is for Gaussian policies"),
     ],
 )
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
@@ -790,6 +791,31 @@ def test_critic_and_policy_have_optimizers_of_their_own(compile):
     assert values["train/value_loss"] > 0
     assert values["train/value_grad_norm"] > 0
     assert values["train/loss"] == pytest.approx(values["train/policy_gradient_loss"], abs=1e-5)
+
+
+@pytest.mark.parametrize(("log_std", "factor"), [(math.log(0.1), 0.1), (math.log(3.0), 1.0)])
+@pytest.mark.parametrize("compile", [False, True])
+def test_policy_steps_are_in_proportion_to_its_standard_deviation(compile, log_std, factor):
+    """The first step of Adam is one learning rate long but for `eps`, for each weight; that of the critic is never scaled."""
+    settings = SMALL | CRITIC_APART | {"n_epochs": 1, "critic_epochs": 1, "batch_size": 32, "learning_rate": 1e-3}
+    settings |= {"policy_kwargs": {"log_std_init": log_std}, "std_scaled_learning_rate": True, "compile": compile}
+    model = R2VPO("MlpPolicy", "Pendulum-v1", **settings)
+    before = named_weights(model)
+    model.learn(32)
+    for name, parameter in model.policy.named_parameters():
+        longest = (parameter - before[name]).abs().max().item()
+        assert longest == pytest.approx(1e-3 if "value" in name else factor * 1e-3, rel=0.2)
+    assert logged(model)["train/learning_rate"] == 1e-3
+    assert logged(model)["train/policy_learning_rate"] == pytest.approx(factor * 1e-3)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [({}, "pass `critic_capacity`"), ({"critic_capacity": 2, "use_sde": True}, "without `use_sde`")],
+)
+def test_std_scaled_learning_rate_is_refused_without_what_it_needs(settings, message):
+    with pytest.raises(ValueError, match=message):
+        R2VPO("MlpPolicy", "Pendulum-v1", std_scaled_learning_rate=True, **settings)
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)

@@ -39,6 +39,8 @@ LABELS = {
     "r2vpo_fixed": "R2VPO, fixed λ",
     "r2vpo_off_critic": "R2VPOOff, critic apart",
     "r2vpo_critic": "R2VPO, critic apart",
+    "r2vpo_scaled": "R2VPO, critic apart, rate scaled",
+    "ppo_annealed_scaled": "PPO, annealed entropy bonus, critic apart, rate scaled",
     "ppo_recompute": "PPO, advantages recomputed",
     "spo": "SPO",
     "exact_kl": "exact KL",
@@ -76,6 +78,11 @@ PAIRS = (
     ("r2vpo_critic", "ppo"),
     ("r2vpo_critic", "ppo_annealed"),
     ("r2vpo_critic", "r2vpo"),
+    ("r2vpo_scaled", "ppo"),
+    ("r2vpo_scaled", "ppo_annealed"),
+    ("r2vpo_scaled", "r2vpo"),
+    ("r2vpo_scaled", "ppo_annealed_scaled"),
+    ("ppo_annealed_scaled", "ppo_annealed"),
     ("r2vpo_off_layer_norm", "ppo_annealed_layer_norm"),
 )
 

@@ -18,7 +18,7 @@ from stable_baselines3.common.buffers import DictRolloutBuffer, RolloutBuffer
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, RolloutBufferSamples, Schedule
-from stable_baselines3.common.utils import FloatSchedule, explained_variance, obs_as_tensor
+from stable_baselines3.common.utils import FloatSchedule, explained_variance, obs_as_tensor, update_learning_rate
 from torch.nn import functional as F
 
 from sb3_r2vpo.compilation import compiled
@@ -97,6 +97,11 @@ class R2VPO(OnPolicyAlgorithm):
     :param critic_gae_lambda: GAE's lambda for the targets of such a critic; ``None``, the default, for ``gae_lambda``. A good
         critic allows the policy a short horizon, and needs a long one itself to become one
         (https://arxiv.org/abs/2503.01491 decouples the two).
+    :param std_scaled_learning_rate: Whether to multiply the policy's learning rate by its standard deviation, the mean over
+        dimensions, where that is below one. Adam makes steps of the same size however small the gradient: as the standard
+        deviation falls, in which the policy's distances are measured, they become longer, and what they add to the ratio
+        variance is noise, which the multiplier can't take back. For Gaussian policies whose critic learns apart, at the whole
+        rate. ``False``, the default, as in SB3.
     :param objective: The policy objective: "r2vpo"; "r2vpo_sequence", which takes the ratio of a language model's whole
         response; or a baseline to compare with in the same loop: "ppo_clip", "clip_higher", "gppo", "topr", "topr_token",
         "exact_kl", "spo" (see ``sb3_r2vpo.objectives``), which have no use for the multiplier.
@@ -137,8 +142,9 @@ class R2VPO(OnPolicyAlgorithm):
     :param _init_setup_model: Whether or not to build the network at the creation of the instance
     :raises ValueError: A coefficient is out of its range, the objective or one of its coefficients is unknown, what
         ``compile=True`` needs is missing, ``critic_capacity`` or ``critic_epochs`` is not a whole number of at least 1,
-        ``critic_gae_lambda`` is not within 0 and 1, or ``critic_capacity`` comes with what it can't be combined with:
-        ``clip_range_vf``, or a policy whose critic has no parameters of its own.
+        ``critic_gae_lambda`` is not within 0 and 1, ``critic_capacity`` comes with what it can't be combined with:
+        ``clip_range_vf``, or a policy whose critic has no parameters of its own; or ``std_scaled_learning_rate`` lacks what it
+        needs: ``critic_capacity``, and a Gaussian policy without ``use_sde``.
     :raises AssertionError: As SB3's PPO: a batch of one with normalised advantages, an unsupported action space.
     """
 
@@ -175,6 +181,7 @@ class R2VPO(OnPolicyAlgorithm):
         critic_capacity: int | None = None,
         critic_epochs: int = 20,
         critic_gae_lambda: float | None = None,
+        std_scaled_learning_rate: bool = False,
         objective: str = "r2vpo",
         objective_kwargs: dict[str, Any] | None = None,
         clip_range_vf: float | Schedule | None = None,
@@ -236,6 +243,7 @@ class R2VPO(OnPolicyAlgorithm):
         self.critic_capacity = critic_capacity
         self.critic_epochs = critic_epochs
         self.critic_gae_lambda = critic_gae_lambda
+        self.std_scaled_learning_rate = std_scaled_learning_rate
         self.objective = objective
         self.objective_kwargs = objective_kwargs
         self.clip_range_vf = clip_range_vf
@@ -349,7 +357,17 @@ class R2VPO(OnPolicyAlgorithm):
         check_whole_number("critic_epochs", self.critic_epochs)
         if self.critic_gae_lambda is not None and not 0 <= self.critic_gae_lambda <= 1:
             raise ValueError(f"`critic_gae_lambda` is {self.critic_gae_lambda}; it must be within 0 and 1, or None.")
+        if self.std_scaled_learning_rate and (self.use_sde or not isinstance(self.action_space, spaces.Box)):
+            raise ValueError(
+                "`std_scaled_learning_rate` is for Gaussian policies with one standard deviation for all states: with "
+                "continuous actions, without `use_sde`."
+            )
         if self.critic_capacity is None:
+            if self.std_scaled_learning_rate:
+                raise ValueError(
+                    "`std_scaled_learning_rate` would slow down a critic that learns with the policy: pass `critic_capacity`, "
+                    "such as 2."
+                )
             if self.critic_gae_lambda is not None:
                 raise ValueError("`critic_gae_lambda` is for a critic that learns apart: pass `critic_capacity`, such as 8.")
         elif self.clip_range_vf is not None:
@@ -639,6 +657,14 @@ class R2VPO(OnPolicyAlgorithm):
             loss = F.mse_loss(self.policy.predict_values(observations).flatten(), returns)
             _, norms = descend_on(loss, optimizer, parameters, self._critic_adam, self.max_grad_norm)
         return loss.detach(), norms
+
+    def _update_learning_rate(self, optimizers: list[th.optim.Optimizer] | th.optim.Optimizer) -> None:
+        super()._update_learning_rate(optimizers)
+        if self.std_scaled_learning_rate:
+            std = self.policy.log_std.detach().exp().mean().item()
+            learning_rate = self.lr_schedule(self._current_progress_remaining) * min(1.0, std)
+            update_learning_rate(self.policy.optimizer, learning_rate)
+            self.logger.record("train/policy_learning_rate", learning_rate)
 
     def _optimizers(self) -> list[th.optim.Optimizer]:
         return [self.policy.optimizer] if self.critic_capacity is None else [self.policy.optimizer, self.critic_optimizer]
