@@ -158,7 +158,7 @@ class FlatAdam(th.optim.Adam):
 def flat_state(optimizer: th.optim.Optimizer, parameters: Sequence[th.nn.Parameter]) -> FlatState:
     """
     :param optimizer: Any optimizer
-    :param parameters: All parameters of the policy
+    :param parameters: All that it is to train
     :return: The optimizer's state in the form that :func:`descend_by_tensors` takes, at the current learning rate
     :raises ValueError: It has no such state, or not for all parameters.
     """
