@@ -90,8 +90,9 @@ class R2VPO(OnPolicyAlgorithm):
         optimizer of its own: more than the policy's, as a value is not tied to the policy that acted as closely as a gradient
         is. The advantages then have the critic that has learned from the current rollout; ``vf_coef`` and
         ``recompute_advantages`` have no use. ``None``, the default, as in SB3: the critic learns from the policy's own
-        minibatches, by the same loss. Two rollouts of 128 steps, with ``gae_lambda=0.7``, ``critic_gae_lambda=0.99`` and
-        another entropy bonus, are ahead of ``None`` over ten tasks of DM Control (``benchmarks/control``, two seeds).
+        minibatches, by the same loss. Two rollouts of 128 steps, with ``gae_lambda=0.7``, ``critic_gae_lambda=0.99``,
+        ``std_scaled_learning_rate`` and another entropy bonus, are ahead of ``None`` over ten tasks of DM Control
+        (``benchmarks/control``, three seeds).
     :param critic_epochs: Number of passes over one rollout's worth of steps that such a critic makes for each rollout, in
         minibatches of ``batch_size``; 20, twice those of the policy at ``n_epochs=10``.
     :param critic_gae_lambda: GAE's lambda for the targets of such a critic; ``None``, the default, for ``gae_lambda``. A good
