@@ -122,16 +122,7 @@ METHODS |= {
         R2VPO, "r2vpo", without=("recompute_advantages",), own={**SCALED, **R2VPO_OFFS_ENTROPY, **COMPILED}
     ),
     # PPO with the same: what of it is the critic's and the rate's, and what the objective's
-    "ppo_annealed_scaled": Method(
-        R2VPO,
-        own={
-            **ANNEALED,
-            "objective": "ppo_clip",
-            "objective_kwargs": {"clip_range": 0.2},
-            **SCALED,
-            **COMPILED,
-        },
-    ),
+    "ppo_annealed_scaled": Method(PPO, without=(), own={**ANNEALED, **SCALED, **COMPILED}),
     # What R2VPO's settings have besides its objective
     "ppo_recompute": Method(PPO, without=(), own={"recompute_advantages": True}),
     # As in the paper, but for the coefficient
