@@ -128,6 +128,26 @@ def test_gradients_by_hand_are_those_of_autograd_bit_for_bit(observation_space, 
         assert th.equal(parameter.grad, gradient), name
 
 
+@pytest.mark.parametrize("action_space", ACTION_SPACES[:2], ids=str)
+def test_gradients_by_hand_without_values_are_the_actors_alone(action_space):
+    policy = ActorCriticPolicy(VECTOR, action_space, lambda _: 1e-3)
+    observations, actions = (th.as_tensor(np.stack([space.sample() for _ in range(50)])) for space in (VECTOR, action_space))
+    _, log_prob, entropy = policy.evaluate_actions(observations, actions)
+    (log_prob.exp().mean() + entropy.mean()).backward()
+    gradients = {name: parameter.grad for name, parameter in policy.named_parameters() if parameter.grad is not None}
+    for parameter in policy.parameters():
+        parameter.grad = th.full_like(parameter, 7.0)
+    by_hand = PlainMlp(policy, with_values=False)
+    values, log_prob, entropy = by_hand.evaluate_actions(observations, actions)
+    assert values is None
+    by_hand.backward(log_prob.exp().mean() + entropy.mean())
+    for name, parameter in policy.named_parameters():
+        assert th.equal(parameter.grad, gradients.get(name, th.full_like(parameter, 7.0))), name
+    assert {name for name, _ in policy.named_parameters()} - gradients.keys() == {
+        name for name, _ in policy.named_parameters() if "value" in name
+    }
+
+
 @pytest.mark.parametrize("observation_space", [VECTOR, spaces.Discrete(4)], ids=lambda space: type(space).__name__)
 def test_regression_of_values_by_hand_is_that_of_autograd_bit_for_bit(observation_space):
     policy = ActorCriticPolicy(observation_space, spaces.Discrete(2), lambda _: 1e-3)

@@ -75,10 +75,11 @@ class PlainMlp:
     :param policy: The policy. Its parameters' ``grad`` must be tensors, to which gradients are written.
     :param entropy_gradient: Whether the loss depends on the entropy. If not, that of a Gaussian, which is the same for all
         states, is computed only once, now.
+    :param with_values: Whether :meth:`evaluate_actions` has values, too: not if the critic learns apart, by a loss of its own
     """
 
-    def __init__(self, policy: ActorCriticPolicy, entropy_gradient: bool = True) -> None:
-        self.policy = policy
+    def __init__(self, policy: ActorCriticPolicy, entropy_gradient: bool = True, with_values: bool = True) -> None:
+        self.policy, self.with_values = policy, with_values
         self.actor, self.critic = (Layers(*layers) for layers in _networks(policy))
         self.log_std: Any = policy.log_std if hasattr(policy, "log_std") else None
         distribution = policy.action_dist
@@ -87,18 +88,18 @@ class PlainMlp:
         if self.log_std is not None:
             self.gaussian_entropy = gaussian_entropy(self.log_std.detach().exp())
 
-    def evaluate_actions(self, observations: th.Tensor, actions: th.Tensor) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
+    def evaluate_actions(self, observations: th.Tensor, actions: th.Tensor) -> tuple[th.Tensor | None, th.Tensor, th.Tensor]:
         """
         :param observations: A batch of observations
         :param actions: The actions to evaluate
-        :return: values, log-probabilities and entropy, each of shape ``(batch_size,)``: leaves of autograd's graph, but for an
-            entropy that the loss does not depend on, and for what is of a censored Gaussian
+        :return: values (``None`` without them), log-probabilities and entropy, each of shape ``(batch_size,)``: leaves of
+            autograd's graph, but for an entropy that the loss does not depend on, and for what is of a censored Gaussian
         """
         # Faster than `no_grad`. Its tensors can't enter a graph, their copies can.
         with th.inference_mode():
             features = self._features(observations)
             outputs = self.actor.forward(features)
-            values = self.critic.forward(features).flatten()
+            values = self.critic.forward(features).flatten() if self.with_values else None
             if self.log_std is None:
                 self.categorical = outputs, actions
                 log_prob, entropy = categorical(*self.categorical)
@@ -108,7 +109,7 @@ class PlainMlp:
                 self.gaussian = deviation, distance, std
                 log_prob = gaussian(distance, std)
                 entropy = (gaussian_entropy(std) if self.entropy_gradient else self.gaussian_entropy).expand_as(log_prob)
-        self.values = values.clone().requires_grad_()
+        self.values = None if values is None else values.clone().requires_grad_()
         if self.bounds is not None:
             # Some twenty operations on a few numbers each: left to autograd
             self.mean = outputs.clone().requires_grad_()
@@ -121,7 +122,7 @@ class PlainMlp:
 
     def backward(self, loss: th.Tensor) -> None:
         """
-        Set the gradients of all parameters, or of the actor's alone if the loss does not depend on the values.
+        Set the gradients of all parameters, or of the actor's alone without values.
 
         :param loss: A scalar made of the results of the last :meth:`evaluate_actions`
         """
@@ -137,9 +138,8 @@ class PlainMlp:
                 outputs_grad, std_grad = gaussian_backward(*self.gaussian, _gradient(self.log_prob), self.entropy.grad)
                 th.mul(std_grad, self.gaussian[-1], out=self.log_std.grad)
             self.actor.backward(outputs_grad)
-            # A critic that learns apart has a loss of its own
-            if self.values.grad is not None:
-                self.critic.backward(self.values.grad.unsqueeze(1))
+            if self.values is not None:
+                self.critic.backward(_gradient(self.values).unsqueeze(1))
 
     @th.inference_mode()
     def regress_values(self, observations: th.Tensor, returns: th.Tensor) -> th.Tensor:

@@ -469,12 +469,13 @@ class R2VPO(OnPolicyAlgorithm):
         observations, _ = self.policy.obs_to_tensor(timeouts.stacked_observations())
         return self.policy.predict_values(observations).flatten().cpu().numpy()
 
-    def _evaluate_actions(self, rollout_data: RolloutBufferSamples) -> tuple[th.Tensor, th.Tensor, th.Tensor | None]:
+    def _evaluate_actions(self, rollout_data: RolloutBufferSamples) -> tuple[th.Tensor | None, th.Tensor, th.Tensor | None]:
         """
         Evaluate stored actions with the current policy.
 
         :param rollout_data: A minibatch.
-        :return: values, log-probabilities and (if it has a closed form) entropy, each of shape ``(batch_size,)``
+        :return: values (``None`` where a loss has no use for them), log-probabilities and (if it has a closed form) entropy,
+            each of shape ``(batch_size,)``
         """
         actions = rollout_data.actions
         if isinstance(self.action_space, spaces.Discrete):
@@ -528,11 +529,12 @@ class R2VPO(OnPolicyAlgorithm):
             parts["ent_coef"] = ent_coef
             loss = loss + ent_coef * entropy_loss
 
-        if clip_range_vf is not None:
-            # Clip the difference between old and new value; NOTE: this depends on the reward scaling
-            old_values = rollout_data.old_values
-            values = old_values + th.clamp(values - old_values, -clip_range_vf, clip_range_vf)  # type: ignore[arg-type]
         if self.critic_capacity is None:
+            assert values is not None
+            if clip_range_vf is not None:
+                # Clip the difference between old and new value; NOTE: this depends on the reward scaling
+                old_values = rollout_data.old_values
+                values = old_values + th.clamp(values - old_values, -clip_range_vf, clip_range_vf)  # type: ignore[arg-type]
             # Value loss using the TD(gae_lambda) target
             parts["value_loss"] = value_loss = F.mse_loss(rollout_data.returns, values)
             loss = loss.add(value_loss, alpha=self.vf_coef)
@@ -680,7 +682,7 @@ class R2VPO(OnPolicyAlgorithm):
             if self.critic_capacity is not None:
                 self._critic_adam = flat_state(self.critic_optimizer, self._critic_parameters)
         elif is_plain_mlp(self.policy):
-            self._plain_mlp = PlainMlp(self.policy, entropy_gradient=self._has_entropy_bonus)
+            self._plain_mlp = PlainMlp(self.policy, self._has_entropy_bonus, with_values=self.critic_capacity is None)
             for parameter in self.policy.parameters():
                 parameter.grad = th.zeros_like(parameter)
             for owner in self._optimizers():

@@ -183,6 +183,7 @@ class R2VPOOff(R2VPO):
         values, deviations = [], []
         for rollout_data in rollout.batches(EVALUATION_BATCH_SIZE):
             batch_values, log_prob, _ = self._evaluate_actions(rollout_data)
+            assert batch_values is not None
             values.append(batch_values)
             deviations.append(drop_padding(ratio_minus_one(log_prob - rollout_data.old_log_prob), rollout_data))
         if self.recompute_advantages:
