@@ -208,6 +208,11 @@ def task_table(scores: Scores) -> list[list[str]]:
     return table
 
 
+def transposed(table: list[list[str]]) -> list[list[str]]:
+    """A row for each of what are columns: tasks are ten, methods and pairs of them more, with long names."""
+    return [list(column) for column in zip(*table, strict=True)]
+
+
 def variants_table(scores: Scores) -> list[list[str]]:
     """R2VPOOff and R2VPO with other settings, and how probably they are better with those they have."""
     variants: Scores = {}
@@ -366,10 +371,10 @@ def main() -> None:
         HERE / "README.md",
         {
             "summary": summary_table(scores, cpu_seconds),
-            "tasks": task_table(scores),
+            "tasks": transposed(task_table(scores)),
             "variants": variants_table(scores),
             "annealed": annealed_table(scores),
-            "pairs": pairs_table(scores),
+            "pairs": transposed(pairs_table(scores)),
             "hard tasks": hard_table(rows),
             **{
                 policy.replace("_", " "): policies_table(rows, {"`MlpPolicy`": "", POLICY_LABELS[policy]: f"_{policy}"})
