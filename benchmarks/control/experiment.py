@@ -81,7 +81,6 @@ LAYER_NORM = {
 # A critic that learns apart, and a rate of the policy that falls with its standard deviation; TUNING.md, steps 18 to 20
 APART = {
     "critic_capacity": 2,
-    "critic_epochs": 10,
     "critic_gae_lambda": 0.99,
     "gae_lambda": 0.7,
     "std_scaled_learning_rate": True,
