@@ -78,13 +78,10 @@ LAYER_NORM = {
     "policy": "sb3_r2vpo.r2vpo.LayerNormMlpPolicy",
     "policy_kwargs": {"net_arch": [128, 128], "features_extractor_kwargs": {"features_dim": 128}, "log_std_init": 0.0},
 }
-# A critic that learns apart, and a rate of the policy that falls with its standard deviation; TUNING.md, steps 18 to 20
-APART = {
-    "critic_capacity": 2,
-    "critic_gae_lambda": 0.99,
-    "gae_lambda": 0.7,
-    "std_scaled_learning_rate": True,
-}
+# A critic that learns apart, on-policy; step 18 of TUNING.md
+CRITIC = {"critic_capacity": 2, "critic_gae_lambda": 0.99, "gae_lambda": 0.7}
+# The policy's learning rate in proportion to its standard deviation besides; step 19
+SCALED = {**CRITIC, "std_scaled_learning_rate": True}
 R2VPO_OFFS_ENTROPY = {"compensate_entropy": True, "ent_coef": "lin_0.01"}
 #: Other policies than the comparison's, for annealed PPO and R2VPOOff alike, by what the names of both end with
 POLICIES: dict[str, Settings] = {
@@ -111,9 +108,21 @@ METHODS |= {
     for name in ("ppo_annealed", "r2vpo_off")
 }
 METHODS |= {
-    "r2vpo_apart": Method(R2VPO, "r2vpo", without=("recompute_advantages",), own={**APART, **R2VPO_OFFS_ENTROPY, **COMPILED}),
+    # A critic that learns apart, step 17 of TUNING.md
+    "r2vpo_off_critic": Method(
+        R2VPOOff,
+        "r2vpo_off",
+        without=(),
+        own={"critic_capacity": 8, "critic_gae_lambda": 0.95, "gae_lambda": 0.7, **COMPILED},
+    ),
+    "r2vpo_critic": Method(
+        R2VPO, "r2vpo", without=("recompute_advantages",), own={**CRITIC, **R2VPO_OFFS_ENTROPY, **COMPILED}
+    ),
+    "r2vpo_scaled": Method(
+        R2VPO, "r2vpo", without=("recompute_advantages",), own={**SCALED, **R2VPO_OFFS_ENTROPY, **COMPILED}
+    ),
     # PPO with the same: what of it is the critic's and the rate's, and what the objective's
-    "ppo_annealed_apart": Method(PPO, without=(), own={**ANNEALED, **APART, **COMPILED}),
+    "ppo_annealed_scaled": Method(PPO, without=(), own={**ANNEALED, **SCALED, **COMPILED}),
     # What R2VPO's settings have besides its objective
     "ppo_recompute": Method(PPO, without=(), own={"recompute_advantages": True}),
     # As in the paper, but for the coefficient

@@ -37,11 +37,10 @@ LABELS = {
     "constant": "R2VPOOff, constant entropy bonus",
     "annealed": "R2VPO, entropy compensated and annealed, advantages not recomputed",
     "r2vpo_fixed": "R2VPO, fixed λ",
-    "r2vpo_apart": "R2VPO, critic apart",
-    "ppo_annealed_apart": "PPO, annealed entropy bonus, critic apart",
-    "off_critic": "R2VPOOff, critic apart, values random at first",
-    "critic": "R2VPO, critic apart, values random at first, rate not scaled",
-    "scaled": "R2VPO, critic apart, values random at first",
+    "r2vpo_off_critic": "R2VPOOff, critic apart",
+    "r2vpo_critic": "R2VPO, critic apart",
+    "r2vpo_scaled": "R2VPO, critic apart, rate scaled",
+    "ppo_annealed_scaled": "PPO, annealed entropy bonus, critic apart, rate scaled",
     "ppo_recompute": "PPO, advantages recomputed",
     "spo": "SPO",
     "exact_kl": "exact KL",
@@ -63,10 +62,7 @@ LABELS |= {
 VARIANTS = {
     "uncompensated": ("r2vpo_off", "without_compensation.csv"),
     "constant": ("r2vpo_off", "constant_entropy.csv"),
-    "off_critic": ("r2vpo_off", "off_critic_random_head.csv"),
     "annealed": ("r2vpo", "annealed_r2vpo.csv"),
-    "critic": ("r2vpo", "critic_random_head.csv"),
-    "scaled": ("r2vpo", "scaled_random_head.csv"),
 }
 
 #: Of which methods, two by two, it is said how probably the first is better
@@ -77,11 +73,16 @@ PAIRS = (
     ("r2vpo_off", "ppo_annealed"),
     ("r2vpo_off", "r2vpo"),
     ("ppo_annealed", "ppo"),
-    ("r2vpo_apart", "ppo"),
-    ("r2vpo_apart", "ppo_annealed"),
-    ("r2vpo_apart", "r2vpo"),
-    ("r2vpo_apart", "ppo_annealed_apart"),
-    ("ppo_annealed_apart", "ppo_annealed"),
+    ("r2vpo_off_critic", "ppo"),
+    ("r2vpo_off_critic", "r2vpo_off"),
+    ("r2vpo_critic", "ppo"),
+    ("r2vpo_critic", "ppo_annealed"),
+    ("r2vpo_critic", "r2vpo"),
+    ("r2vpo_scaled", "ppo"),
+    ("r2vpo_scaled", "ppo_annealed"),
+    ("r2vpo_scaled", "r2vpo"),
+    ("r2vpo_scaled", "ppo_annealed_scaled"),
+    ("ppo_annealed_scaled", "ppo_annealed"),
     ("r2vpo_off_layer_norm", "ppo_annealed_layer_norm"),
 )
 
@@ -371,7 +372,7 @@ def main() -> None:
         {
             "summary": summary_table(scores, cpu_seconds),
             "tasks": transposed(task_table(scores)),
-            "variants": transposed(variants_table(scores)),
+            "variants": variants_table(scores),
             "annealed": annealed_table(scores),
             "pairs": transposed(pairs_table(scores)),
             "hard tasks": hard_table(rows),

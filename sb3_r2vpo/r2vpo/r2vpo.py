@@ -89,8 +89,7 @@ class R2VPO(OnPolicyAlgorithm):
     :param critic_capacity: Number of rollouts that the critic learns from, apart from the policy and before it, by an
         optimizer of its own: more than the policy's, as a value is not tied to the policy that acted as closely as a gradient
         is. The advantages then have the critic that has learned from the current rollout; ``vf_coef`` and
-        ``recompute_advantages`` have no use. Its values are zero at first, so that there are no advantages, and no steps of
-        the policy, before the first reward. ``None``, the default, as in SB3: the critic learns from the policy's own
+        ``recompute_advantages`` have no use. ``None``, the default, as in SB3: the critic learns from the policy's own
         minibatches, by the same loss. Two rollouts of 128 steps, with ``gae_lambda=0.7``, ``critic_gae_lambda=0.99``,
         ``std_scaled_learning_rate`` and another entropy bonus, are ahead of ``None`` over ten tasks of DM Control
         (``benchmarks/control``, five seeds).
@@ -318,9 +317,6 @@ class R2VPO(OnPolicyAlgorithm):
     def _give_critic_its_optimizer(self) -> None:
         """Take the parameters of a critic that learns apart from the policy's optimizer, so that each has one optimizer."""
         self._critic_parameters = critic_parameters(self.policy)
-        # A critic that has seen no reward yet shall promise none: normalised, its errors would lead and narrow the policy
-        for parameter in self.policy.value_net.parameters():
-            th.nn.init.zeros_(parameter)
         self.critic_optimizer = with_fewer_operations(
             self.policy.optimizer_class(self._critic_parameters, lr=self.lr_schedule(1), **self.policy.optimizer_kwargs),  # type: ignore[call-arg]
             flat=self.compile,
@@ -600,7 +596,7 @@ class R2VPO(OnPolicyAlgorithm):
 
         # Tensors until the end of the update: to read one is to wait for the device
         statistics: defaultdict[str, list[th.Tensor]] = defaultdict(list)
-        for rollout_data in self._minibatches() if self._has_advantages() else ():
+        for rollout_data in self._minibatches():
             parts = self._step(rollout_data, coefficients, ent_coef, clip_range_vf, target_variance)
             for name, part in parts.items():
                 statistics[name].append(part)
@@ -609,7 +605,7 @@ class R2VPO(OnPolicyAlgorithm):
                     print(f"Early stopping at update {self._n_updates} due to reaching max kl")
                 break
 
-        # There may be nothing to train on: in a rollout of sequences, too
+        # A rollout of sequences may leave nothing to train on
         if statistics:
             refuse_nonfinite(th.stack(statistics["grad_norms"]))
             self._log_statistics(statistics)
@@ -624,17 +620,6 @@ class R2VPO(OnPolicyAlgorithm):
             self.replay_buffer.add(self._store_rollout())
         if self.critic_capacity is not None:
             self._train_critic()
-
-    def _has_advantages(self) -> bool:
-        """
-        Whether there is something to learn for the policy. With a critic that learns apart no step has an advantage before
-        the first reward, and an entropy bonus alone would widen the policy by steps of Adam that are as long as any.
-        """
-        if self.critic_capacity is None:
-            return True
-        assert self.replay_buffer is not None
-        (rollout,) = self.replay_buffer.newest(1)
-        return bool(rollout.buffer.advantages.any())
 
     def _train_critic(self) -> None:
         """Bring the returns of the critic's rollouts up to date, regress its values on them, and renew the advantages."""
