@@ -33,7 +33,7 @@ from sb3_r2vpo import R2VPO  # noqa: E402
 from sb3_r2vpo.minibatches import rollout_tensors  # noqa: E402
 from sb3_r2vpo.objectives import ratio_minus_one  # noqa: E402
 
-TASKS, METHOD_NAMES, SEED = ("cheetah-run", "walker-run"), ("ppo", "r2vpo"), 100
+TASKS, METHOD_NAMES, SEED = ("cheetah-run", "walker-run"), ("ppo", "r2vpo_joint"), 100
 N_TIMESTEPS, STOPS = 1_000_000, (100_000, 300_000)
 N_ROLLOUTS, N_UPDATES = 30, 10
 
@@ -121,7 +121,7 @@ def report() -> None:
         error = part["held_out_gain"].std() / np.sqrt(len(part))
         steps = f"{part['timesteps'].iloc[0] / 1000:.0f}k"
         cells = [f"{own:.4f}", f"{others:.4f} ± {error:.4f}", f"{others / own:.1%}", f"{variance:.3f}"]
-        table.append([task, steps, {"ppo": "PPO", "r2vpo": "R2VPO"}[name], *cells])
+        table.append([task, steps, {"ppo": "PPO", "r2vpo_joint": "R2VPO"}[name], *cells])
     write_tables(HERE / "README.md", {"generalization": table})
 
 

@@ -33,10 +33,10 @@ BEFORE = {"compensate_entropy": False, "ent_coef": 0.01, "recompute_advantages":
 #: automatic tolerance is 0.0245
 MAPS: dict[str, tuple[str, dict[str, tuple[float, ...]]]] = {
     "R2VPO, adaptive": (
-        "r2vpo",
+        "r2vpo_joint",
         {"target_variance": (0.006, 0.025, 0.1), "dual_learning_rate": (0.002, 0.02, 0.2)},
     ),
-    "R2VPO, fixed": ("r2vpo", {"var_coef": (0.1, 0.3, 1.0, 3.0), "n_epochs": (5, 10)}),
+    "R2VPO, fixed": ("r2vpo_joint", {"var_coef": (0.1, 0.3, 1.0, 3.0), "n_epochs": (5, 10)}),
     "R2VPOOff, tolerance": (
         "r2vpo_off",
         {"target_variance": (0.006, 0.025, 0.1), "replay_capacity": (1, 4, 8)},

@@ -78,11 +78,10 @@ LAYER_NORM = {
     "policy": "sb3_r2vpo.r2vpo.LayerNormMlpPolicy",
     "policy_kwargs": {"net_arch": [128, 128], "features_extractor_kwargs": {"features_dim": 128}, "log_std_init": 0.0},
 }
-# A critic that learns apart, on-policy; step 18 of TUNING.md
-CRITIC = {"critic_capacity": 2, "critic_gae_lambda": 0.99, "gae_lambda": 0.7}
-# The policy's learning rate in proportion to its standard deviation besides; step 19
-SCALED = {**CRITIC, "std_scaled_learning_rate": True}
-R2VPO_OFFS_ENTROPY = {"compensate_entropy": True, "ent_coef": "lin_0.01"}
+# R2VPO's critic, which learns apart, and its policy's rate, which falls with the standard deviation; TUNING.md, steps 18, 19
+SCALED = {"critic_capacity": 2, "critic_gae_lambda": 0.99, "gae_lambda": 0.7, "std_scaled_learning_rate": True}
+# What R2VPO had before
+JOINT = {"gae_lambda": 0.95, "ent_coef": 0.01, "compensate_entropy": False, "recompute_advantages": True}
 #: Other policies than the comparison's, for annealed PPO and R2VPOOff alike, by what the names of both end with
 POLICIES: dict[str, Settings] = {
     # The probabilities of the actions that the environment gets; so far on walker-run and cheetah-run only
@@ -115,12 +114,10 @@ METHODS |= {
         without=(),
         own={"critic_capacity": 8, "critic_gae_lambda": 0.95, "gae_lambda": 0.7, **COMPILED},
     ),
-    "r2vpo_critic": Method(
-        R2VPO, "r2vpo", without=("recompute_advantages",), own={**CRITIC, **R2VPO_OFFS_ENTROPY, **COMPILED}
-    ),
-    "r2vpo_scaled": Method(
-        R2VPO, "r2vpo", without=("recompute_advantages",), own={**SCALED, **R2VPO_OFFS_ENTROPY, **COMPILED}
-    ),
+    # R2VPO's settings before: the critic learns with the policy
+    "r2vpo_joint": Method(R2VPO, "r2vpo", without=tuple(SCALED), own={**JOINT, **COMPILED}),
+    # Between the two: the critic apart, one learning rate for both
+    "r2vpo_critic": Method(R2VPO, "r2vpo", without=("std_scaled_learning_rate",), own=COMPILED),
     # PPO with the same: what of it is the critic's and the rate's, and what the objective's
     "ppo_annealed_scaled": Method(PPO, without=(), own={**ANNEALED, **SCALED, **COMPILED}),
     # What R2VPO's settings have besides its objective

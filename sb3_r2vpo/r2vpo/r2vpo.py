@@ -85,7 +85,7 @@ class R2VPO(OnPolicyAlgorithm):
         exploration with them. Only ``objective="r2vpo"`` with continuous actions has it; ``ent_coef`` comes on top.
     :param recompute_advantages: Whether to recompute values, advantages and returns with the current critic before each epoch
         but the first (https://arxiv.org/abs/2006.05990, section 3.5). Behaviour log-probabilities are never touched. SB3's PPO
-        does not, and neither does this by default; the settings for DM Control in ``hyperparams/`` do.
+        does not, and neither does this by default.
     :param critic_capacity: Number of rollouts that the critic learns from, apart from the policy and before it, by an
         optimizer of its own: more than the policy's, as a value is not tied to the policy that acted as closely as a gradient
         is. The advantages then have the critic that has learned from the current rollout; ``vf_coef`` and
