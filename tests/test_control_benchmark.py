@@ -216,15 +216,17 @@ def test_report_writes_tables_and_figures(tmp_path, monkeypatch):
     assert text.count("| R2VPOOff | pink noise | 475 | 475 |") == 1
     assert text.count("| R2VPOOff | 64 rollouts | 384 | 384 |") == 1
     assert text.count("| PPO | 200 | 100 | 1.00 | 1.00 |\n| R2VPO | 100 | 90 | 0.50 | 0.90 |") == 1
-    assert text.count("| PPO | 500 ± 0 | 500 ± 0 |") == 1
-    assert text.count("| R2VPO | **750 ± 0** | **750 ± 0** |") == 1
+    assert text.count("| PPO |" + " 500 ± 0 |" * len(experiment.TASKS)) == 1
+    assert text.count("| R2VPO |" + " **750 ± 0** |" * len(experiment.TASKS)) == 1
     assert text.count("| IQM (95% interval) | 0.250 (0.250 to 0.250) | 0.350 (0.350 to 0.350) | ") == 1
     assert text.count(" | 0.800 (0.800 to 0.800) | 0.750 (0.750 to 0.750) |") == 1
     # Of R2VPOOff's 40 scores, one for each task and seed, 26 are beyond 0.25 and 22 beyond 0.35
     assert re.search(
         r"\| P\(better as it is\) \| 0\.65 \([^|]+\) \| 0\.55 \([^|]+\) \|  \| 0\.00 \(0\.00 to 0\.00\) \|  \|", text
     )
-    assert text.count("| R2VPO better than PPO | 100% |") == 1
+    pairs = ("R2VPO better than PPO", "R2VPOOff better than PPO", "R2VPOOff better than R2VPO")
+    assert len(re.findall("".join(rf"\| {pair} \| .* \|\n" for pair in pairs), text)) == 1
+    assert text.count("| R2VPO better than PPO |" + " 100% |" * len(experiment.TASKS)) == 1
     assert {path.name for path in (tmp_path / "figures").iterdir()} == {"tasks.png", "aggregates.png"}
 
 
