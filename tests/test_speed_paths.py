@@ -12,6 +12,7 @@ from gymnasium import spaces
 from helpers import SMALL, VECTOR, RandomEnv, logged, weights
 from stable_baselines3 import PPO
 from stable_baselines3.common.buffers import DictRolloutBuffer, RolloutBuffer
+from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.logger import configure
 from stable_baselines3.common.policies import ActorCriticPolicy
@@ -23,7 +24,7 @@ from sb3_r2vpo import R2VPO, R2VPOOff
 from sb3_r2vpo.minibatches import rollout_tensors, shuffled_minibatches
 from sb3_r2vpo.optim import FlatAdam, clip_coefficient, clip_coefficient_on_host, descend
 from sb3_r2vpo.r2vpo.evaluation import evaluate_actions
-from sb3_r2vpo.r2vpo.plain_mlp import PlainMlp, is_plain_mlp
+from sb3_r2vpo.r2vpo.plain_mlp import PlainMlp, acting_by_hand, is_plain_mlp
 from sb3_r2vpo.r2vpo.policies import CensoredMlpPolicy
 
 IMAGE = spaces.Box(0, 255, (36, 36, 1), dtype=np.uint8)
@@ -365,6 +366,66 @@ def test_rollouts_are_those_of_ppo(algorithm):
         rollouts.append(arrays)
     for name, array in rollouts[0].items():
         np.testing.assert_array_equal(array, rollouts[1][name], err_msg=name)
+
+
+@pytest.mark.parametrize("policy_kwargs", [{}, {"activation_fn": th.nn.ReLU, "net_arch": {"vf": [5, 4]}}])
+@pytest.mark.parametrize("observation_space", [VECTOR, spaces.Discrete(4)], ids=lambda space: type(space).__name__)
+@pytest.mark.parametrize(
+    ("policy_class", "action_space"),
+    [(ActorCriticPolicy, space) for space in (*ACTION_SPACES, spaces.Box(-1, 1, (3, 2)))]
+    + [(CensoredMlpPolicy, spaces.Box(-0.5, 0.5, (3,)))],
+    ids=str,
+)
+def test_acting_by_hand_is_acting_bit_for_bit(policy_class, action_space, observation_space, policy_kwargs):
+    """With the same random numbers, and not beyond the collection: neither with gradients nor deterministic."""
+    policy = policy_class(observation_space, action_space, lambda _: 1e-3, **policy_kwargs)
+    observations = th.as_tensor(np.stack([observation_space.sample() for _ in range(7)]))
+
+    def act() -> list[th.Tensor]:
+        th.manual_seed(3)
+        with th.no_grad():
+            results = [*policy(observations), *policy(observations), *policy(observations, deterministic=True)]
+        return [*results, *policy(observations), th.rand(1)]
+
+    expected = act()
+    with acting_by_hand(policy):
+        assert ("forward" in vars(policy)) == is_plain_mlp(policy)
+        results = act()
+    assert "forward" not in vars(policy)
+    assert len(results) == len(expected)
+    for result, other in zip(results, expected, strict=True):
+        assert result.dtype == other.dtype
+        assert result.requires_grad == other.requires_grad
+        assert th.equal(result, other)
+
+
+def test_a_policy_acts_by_hand_no_longer_than_the_collection_lasts():
+    class Stop(Exception):
+        pass
+
+    class Interrupt(BaseCallback):
+        acted_by_hand = False
+
+        def _on_step(self) -> bool:
+            self.acted_by_hand = "forward" in vars(self.model.policy)
+            raise Stop
+
+    model, callback = R2VPO("MlpPolicy", "Pendulum-v1", **SMALL), Interrupt()
+    with pytest.raises(Stop):
+        model.learn(32, callback=callback)
+    assert callback.acted_by_hand
+    assert "forward" not in vars(model.policy)
+
+
+def test_an_overridden_forward_is_used():
+    class Still(ActorCriticPolicy):
+        def forward(self, obs, deterministic=False):
+            actions, values, log_prob = super().forward(obs, deterministic)
+            return th.zeros_like(actions), values, log_prob
+
+    model = R2VPO(Still, "Pendulum-v1", **SMALL).learn(32)
+    assert is_plain_mlp(model.policy)
+    assert not model.rollout_buffer.actions.any()
 
 
 # --- compilation -------------------------------------------------------------------------------------------------------

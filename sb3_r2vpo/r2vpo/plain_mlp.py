@@ -1,6 +1,7 @@
 """SB3's ``MlpPolicy`` differentiated by hand: a small network's update spends more time in autograd than on its numbers."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch as th
@@ -83,7 +84,9 @@ class PlainMlp:
         self.actor, self.critic = (Layers(*layers) for layers in _networks(policy))
         self.log_std: Any = policy.log_std if hasattr(policy, "log_std") else None
         distribution = policy.action_dist
-        self.bounds = (distribution.low, distribution.high) if isinstance(distribution, CensoredGaussianDistribution) else None
+        self.bounds: tuple[th.Tensor, ...] | None = None
+        if isinstance(distribution, CensoredGaussianDistribution):
+            self.bounds = tuple(bound.to(policy.device) for bound in (distribution.low, distribution.high))
         self.entropy_gradient = entropy_gradient
         if self.log_std is not None:
             self.gaussian_entropy = gaussian_entropy(self.log_std.detach().exp())
@@ -119,6 +122,33 @@ class PlainMlp:
         if self.entropy_gradient:
             self.entropy = entropy.clone().requires_grad_()
         return self.values, self.log_prob, self.entropy
+
+    def act(self, obs: th.Tensor, deterministic: bool = False) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
+        """
+        ``policy.forward``, bit for bit, from the same random numbers.
+
+        :param obs: A batch of observations
+        :param deterministic: Whether to take the most likely actions; left to the policy, like all that needs gradients
+        :return: actions, values of shape ``(batch_size, 1)``, and log-probabilities
+        """
+        if deterministic or th.is_grad_enabled():
+            return ActorCriticPolicy.forward(self.policy, obs, deterministic)
+        features = self._features(obs)
+        outputs, values = self.actor.forward(features), self.critic.forward(features)
+        if self.log_std is None:
+            logits = outputs - outputs.logsumexp(dim=-1, keepdim=True)
+            actions = th.multinomial(F.softmax(logits, dim=-1), 1, replacement=True)
+            log_prob = logits.gather(-1, actions).flatten()
+        else:
+            std = self.log_std.exp()
+            actions = outputs + th.randn_like(outputs) * std
+            if self.bounds is None:
+                deviation = actions - outputs
+                log_prob = gaussian(deviation * deviation / (std * std), std)
+            else:
+                actions = actions.clamp(*self.bounds)
+                log_prob, _ = censored_gaussian(actions, outputs, std, *self.bounds)
+        return actions.reshape((-1, *self.policy.action_space.shape)), values, log_prob  # type: ignore[misc]
 
     def backward(self, loss: th.Tensor) -> None:
         """
@@ -201,3 +231,21 @@ def is_plain_mlp(policy: nn.Module) -> bool:
             for module in policy.modules()
         )
     )
+
+
+@contextmanager
+def acting_by_hand(policy: ActorCriticPolicy) -> Iterator[None]:
+    """
+    While it lasts, a call of the policy is one of :meth:`PlainMlp.act`, if it is such a policy: the layers' modules and
+    the distribution's objects take more time than the numbers of a few dozen environments.
+
+    :param policy: Any policy
+    """
+    if not (is_plain_mlp(policy) and type(policy).forward is ActorCriticPolicy.forward):
+        yield
+        return
+    policy.forward = PlainMlp(policy).act  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del policy.forward

@@ -37,7 +37,7 @@ from sb3_r2vpo.optim import (
 )
 from sb3_r2vpo.r2vpo.critic import critic_parameters
 from sb3_r2vpo.r2vpo.evaluation import evaluate_actions
-from sb3_r2vpo.r2vpo.plain_mlp import PlainMlp, is_plain_mlp
+from sb3_r2vpo.r2vpo.plain_mlp import PlainMlp, acting_by_hand, is_plain_mlp
 from sb3_r2vpo.r2vpo.policies import CnnPolicy, MlpPolicy, MultiInputPolicy
 from sb3_r2vpo.r2vpo.statistics import PPO_CLIP_RANGE, gradient_norms, summarize_ratios
 from sb3_r2vpo.rollout_replay import RolloutReplayBuffer, StoredRollout, Timeouts, check_whole_number, drop_padding
@@ -415,7 +415,8 @@ class R2VPO(OnPolicyAlgorithm):
 
     def collect_rollouts(self, *args: Any, **kwargs: Any) -> bool:
         self._timeouts = Timeouts()
-        return super().collect_rollouts(*args, **kwargs)
+        with acting_by_hand(self.policy):
+            return super().collect_rollouts(*args, **kwargs)
 
     def _update_info_buffer(self, infos: list[dict[str, Any]], dones: np.ndarray | None = None) -> None:
         """Called at each step before SB3 adds the bootstrapped value to the rewards: note where that is going to happen."""
