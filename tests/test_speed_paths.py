@@ -2,6 +2,7 @@
 
 import copy
 import math
+import pickle
 import shutil
 
 import gymnasium as gym
@@ -23,8 +24,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from sb3_r2vpo import R2VPO, R2VPOOff
 from sb3_r2vpo.minibatches import rollout_tensors, shuffled_minibatches
 from sb3_r2vpo.optim import FlatAdam, clip_coefficient, clip_coefficient_on_host, descend
-from sb3_r2vpo.r2vpo.evaluation import evaluate_actions
-from sb3_r2vpo.r2vpo.plain_mlp import PlainMlp, acting_by_hand, is_plain_mlp
+from sb3_r2vpo.r2vpo.evaluation import acts_as_usual, evaluate_actions
+from sb3_r2vpo.r2vpo.plain_mlp import PlainMlp, acting, is_plain_mlp
 from sb3_r2vpo.r2vpo.policies import CensoredMlpPolicy
 
 IMAGE = spaces.Box(0, 255, (36, 36, 1), dtype=np.uint8)
@@ -376,7 +377,7 @@ def test_rollouts_are_those_of_ppo(algorithm):
     + [(CensoredMlpPolicy, spaces.Box(-0.5, 0.5, (3,)))],
     ids=str,
 )
-def test_acting_by_hand_is_acting_bit_for_bit(policy_class, action_space, observation_space, policy_kwargs):
+def test_acting_is_acting_bit_for_bit(policy_class, action_space, observation_space, policy_kwargs):
     """With the same random numbers, and not beyond the collection: neither with gradients nor deterministic."""
     policy = policy_class(observation_space, action_space, lambda _: 1e-3, **policy_kwargs)
     observations = th.as_tensor(np.stack([observation_space.sample() for _ in range(7)]))
@@ -388,8 +389,8 @@ def test_acting_by_hand_is_acting_bit_for_bit(policy_class, action_space, observ
         return [*results, *policy(observations), th.rand(1)]
 
     expected = act()
-    with acting_by_hand(policy):
-        assert ("forward" in vars(policy)) == is_plain_mlp(policy)
+    with acting(policy):
+        assert ("forward" in vars(policy)) == acts_as_usual(policy)
         results = act()
     assert "forward" not in vars(policy)
     assert len(results) == len(expected)
@@ -404,17 +405,23 @@ def test_a_policy_acts_by_hand_no_longer_than_the_collection_lasts():
         pass
 
     class Interrupt(BaseCallback):
-        acted_by_hand = False
-
         def _on_step(self) -> bool:
-            self.acted_by_hand = "forward" in vars(self.model.policy)
+            assert self.model.policy.forward.by_hand is not None
+            self.copies = copy.deepcopy(self.model.policy), pickle.loads(pickle.dumps(self.model.policy))
             raise Stop
 
     model, callback = R2VPO("MlpPolicy", "Pendulum-v1", **SMALL), Interrupt()
     with pytest.raises(Stop):
         model.learn(32, callback=callback)
-    assert callback.acted_by_hand
     assert "forward" not in vars(model.policy)
+    observations = th.randn(5, 3)
+    expected = model.policy(observations, deterministic=True)
+    with th.no_grad():
+        for parameter in model.policy.parameters():
+            parameter.zero_()
+        for copied in callback.copies:
+            assert all(th.equal(a, b) for a, b in zip(copied(observations, deterministic=True), expected, strict=True))
+            copied(observations)
 
 
 def test_an_overridden_forward_is_used():

@@ -116,6 +116,11 @@ def has_usual_distribution(policy: ActorCriticPolicy) -> bool:
     )
 
 
+def acts_as_usual(policy: ActorCriticPolicy) -> bool:
+    """:return: Whether a policy's ``forward`` is SB3's, with a distribution that :func:`has_usual_distribution`"""
+    return has_usual_distribution(policy) and type(policy).forward is ActorCriticPolicy.forward
+
+
 def evaluate_actions(policy: ActorCriticPolicy, observations: PyTorchObs, actions: th.Tensor) -> Evaluation:
     """
     ``policy.evaluate_actions(observations, actions)``, bit for bit, and just that where the policy or its distribution is not
@@ -129,14 +134,7 @@ def evaluate_actions(policy: ActorCriticPolicy, observations: PyTorchObs, action
     if not has_usual_distribution(policy):
         return policy.evaluate_actions(observations, actions)
 
-    features = policy.extract_features(observations)
-    if policy.share_features_extractor:
-        latent_pi, latent_vf = policy.mlp_extractor(features)
-    else:
-        pi_features, vf_features = features
-        latent_pi = policy.mlp_extractor.forward_actor(pi_features)
-        latent_vf = policy.mlp_extractor.forward_critic(vf_features)
-    outputs = policy.action_net(latent_pi)
+    outputs, values = _outputs_and_values(policy, observations)
     if is_gaussian(policy):
         # Expanded before it is used: the gradient is then summed over the batch where `Normal` sums it, in the same order
         std = policy.log_std.exp().expand_as(outputs)
@@ -146,4 +144,33 @@ def evaluate_actions(policy: ActorCriticPolicy, observations: PyTorchObs, action
         log_prob, entropy = censored_gaussian(actions, outputs, policy.log_std.exp().expand_as(outputs), *bounds)
     else:
         log_prob, entropy = categorical(outputs, actions)
-    return policy.value_net(latent_vf), log_prob, entropy
+    return values, log_prob, entropy
+
+
+def act_with_noise(
+    policy: ActorCriticPolicy, observations: PyTorchObs, noise: th.Tensor
+) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
+    """
+    ``policy.forward`` with other noise than independent normal numbers.
+
+    :param policy: A policy that :func:`is_gaussian` and :func:`acts_as_usual`
+    :param observations: A batch of observations
+    :param noise: Of unit variance and of the actions' flat shape
+    :return: actions, values, and log-probabilities, as ``policy`` returns them
+    """
+    outputs, values = _outputs_and_values(policy, observations)
+    std = policy.log_std.exp()
+    actions = outputs + noise * std
+    log_prob = gaussian((actions - outputs) ** 2 / std**2, std)
+    return actions.reshape((-1, *policy.action_space.shape)), values, log_prob  # type: ignore[misc]
+
+
+def _outputs_and_values(policy: ActorCriticPolicy, observations: PyTorchObs) -> tuple[th.Tensor, th.Tensor]:
+    features = policy.extract_features(observations)
+    if policy.share_features_extractor:
+        latent_pi, latent_vf = policy.mlp_extractor(features)
+    else:
+        pi_features, vf_features = features
+        latent_pi = policy.mlp_extractor.forward_actor(pi_features)
+        latent_vf = policy.mlp_extractor.forward_critic(vf_features)
+    return policy.action_net(latent_pi), policy.value_net(latent_vf)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch as th
@@ -13,6 +14,8 @@ from torch.nn import functional as F
 
 from sb3_r2vpo.r2vpo.distributions import CensoredGaussianDistribution, censored_gaussian
 from sb3_r2vpo.r2vpo.evaluation import (
+    act_with_noise,
+    acts_as_usual,
     categorical,
     categorical_backward,
     gaussian,
@@ -123,16 +126,14 @@ class PlainMlp:
             self.entropy = entropy.clone().requires_grad_()
         return self.values, self.log_prob, self.entropy
 
-    def act(self, obs: th.Tensor, deterministic: bool = False) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
+    def act(self, obs: th.Tensor, noise: th.Tensor | None = None) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
         """
-        ``policy.forward``, bit for bit, from the same random numbers.
+        ``policy.forward``, bit for bit, from the same random numbers; without gradients.
 
         :param obs: A batch of observations
-        :param deterministic: Whether to take the most likely actions; left to the policy, like all that needs gradients
+        :param noise: Of Gaussian actions, of unit variance and their flat shape; ``None`` for independent normal numbers
         :return: actions, values of shape ``(batch_size, 1)``, and log-probabilities
         """
-        if deterministic or th.is_grad_enabled():
-            return ActorCriticPolicy.forward(self.policy, obs, deterministic)
         features = self._features(obs)
         outputs, values = self.actor.forward(features), self.critic.forward(features)
         if self.log_std is None:
@@ -141,7 +142,7 @@ class PlainMlp:
             log_prob = logits.gather(-1, actions).flatten()
         else:
             std = self.log_std.exp()
-            actions = outputs + th.randn_like(outputs) * std
+            actions = outputs + (th.randn_like(outputs) if noise is None else noise) * std
             if self.bounds is None:
                 deviation = actions - outputs
                 log_prob = gaussian(deviation * deviation / (std * std), std)
@@ -233,18 +234,45 @@ def is_plain_mlp(policy: nn.Module) -> bool:
     )
 
 
-@contextmanager
-def acting_by_hand(policy: ActorCriticPolicy) -> Iterator[None]:
+class Acting:
     """
-    While it lasts, a call of the policy is one of :meth:`PlainMlp.act`, if it is such a policy: the layers' modules and
-    the distribution's objects take more time than the numbers of a few dozen environments.
+    Stands in for a policy's ``forward`` while a rollout is collected: has the noise of exploration, and leaves the numbers to
+    :meth:`PlainMlp.act` if it can, as the modules of layers and the objects of distributions take more time than the numbers
+    of a few dozen environments. Calls that need gradients or deterministic actions are the policy's.
+
+    :param policy: A policy that :func:`acts_as_usual`
+    :param noise: For each call, of unit variance and of the actions' flat shape; ``None`` for independent normal numbers
+    """
+
+    def __init__(self, policy: ActorCriticPolicy, noise: Iterator[th.Tensor] | None) -> None:
+        self.policy, self.noise = policy, noise
+        self.by_hand = PlainMlp(policy) if is_plain_mlp(policy) else None
+
+    def __call__(self, obs: th.Tensor, deterministic: bool = False) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
+        if deterministic or th.is_grad_enabled():
+            return ActorCriticPolicy.forward(self.policy, obs, deterministic)
+        noise = None if self.noise is None else next(self.noise)
+        if self.by_hand is not None:
+            return self.by_hand.act(obs, noise)
+        return ActorCriticPolicy.forward(self.policy, obs) if noise is None else act_with_noise(self.policy, obs, noise)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy of the policy, such as a callback may make, acts as ever."""
+        return partial, (ActorCriticPolicy.forward, self.policy)
+
+
+@contextmanager
+def acting(policy: ActorCriticPolicy, noise: Iterator[th.Tensor] | None = None) -> Iterator[None]:
+    """
+    Calls of the policy are those of :class:`Acting` while it lasts, unless they have become others in a subclass.
 
     :param policy: Any policy
+    :param noise: see :class:`Acting`
     """
-    if not (is_plain_mlp(policy) and type(policy).forward is ActorCriticPolicy.forward):
+    if not acts_as_usual(policy):
         yield
         return
-    policy.forward = PlainMlp(policy).act  # type: ignore[method-assign]
+    policy.forward = Acting(policy, noise)  # type: ignore[method-assign]
     try:
         yield
     finally:

@@ -15,10 +15,13 @@ import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.buffers import DictRolloutBuffer, RolloutBuffer
+from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
+from stable_baselines3.common.preprocessing import get_action_dim
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, RolloutBufferSamples, Schedule
 from stable_baselines3.common.utils import FloatSchedule, explained_variance, obs_as_tensor, update_learning_rate
+from stable_baselines3.common.vec_env import VecEnv
 from torch.nn import functional as F
 
 from sb3_r2vpo.compilation import compiled
@@ -36,8 +39,9 @@ from sb3_r2vpo.optim import (
     with_fewer_operations,
 )
 from sb3_r2vpo.r2vpo.critic import critic_parameters
-from sb3_r2vpo.r2vpo.evaluation import evaluate_actions
-from sb3_r2vpo.r2vpo.plain_mlp import PlainMlp, acting_by_hand, is_plain_mlp
+from sb3_r2vpo.r2vpo.evaluation import acts_as_usual, evaluate_actions, is_gaussian
+from sb3_r2vpo.r2vpo.noise import colored_noise
+from sb3_r2vpo.r2vpo.plain_mlp import PlainMlp, acting, is_plain_mlp
 from sb3_r2vpo.r2vpo.policies import CnnPolicy, MlpPolicy, MultiInputPolicy
 from sb3_r2vpo.r2vpo.statistics import PPO_CLIP_RANGE, gradient_norms, summarize_ratios
 from sb3_r2vpo.rollout_replay import RolloutReplayBuffer, StoredRollout, Timeouts, check_whole_number, drop_padding
@@ -103,6 +107,10 @@ class R2VPO(OnPolicyAlgorithm):
         deviation falls, in which the policy's distances are measured, they become longer, and what they add to the ratio
         variance is noise, which the multiplier can't take back. For Gaussian policies whose critic learns apart, at the whole
         rate. ``False``, the default, as in SB3.
+    :param noise_exponent: Color of the noise that a Gaussian policy explores with, a number or a schedule: its power is
+        proportional to ``frequency ** -noise_exponent`` over the steps of a rollout, so that neighbouring steps are the more
+        alike the larger it is, while the noise of each step is what its probability says
+        (https://arxiv.org/abs/2312.11091 advises 0.5 for PPO). 0 (default) is white noise, as in SB3; 1 is pink.
     :param objective: The policy objective: "r2vpo"; "r2vpo_sequence", which takes the ratio of a language model's whole
         response; or a baseline to compare with in the same loop: "ppo_clip", "clip_higher", "gppo", "topr", "topr_token",
         "exact_kl", "spo" (see ``sb3_r2vpo.objectives``), which have no use for the multiplier.
@@ -144,8 +152,9 @@ class R2VPO(OnPolicyAlgorithm):
     :raises ValueError: A coefficient is out of its range, the objective or one of its coefficients is unknown, what
         ``compile=True`` needs is missing, ``critic_capacity`` or ``critic_epochs`` is not a whole number of at least 1,
         ``critic_gae_lambda`` is not within 0 and 1, ``critic_capacity`` comes with what it can't be combined with:
-        ``clip_range_vf``, or a policy whose critic has no parameters of its own; or ``std_scaled_learning_rate`` lacks what it
-        needs: ``critic_capacity``, and a Gaussian policy without ``use_sde``.
+        ``clip_range_vf``, or a policy whose critic has no parameters of its own; ``std_scaled_learning_rate`` lacks what it
+        needs: ``critic_capacity``, and a Gaussian policy without ``use_sde``; or so does ``noise_exponent``: SB3's Gaussian
+        distribution, and a policy that overrides neither ``forward`` nor ``evaluate_actions``.
     :raises AssertionError: As SB3's PPO: a batch of one with normalised advantages, an unsupported action space.
     """
 
@@ -183,6 +192,7 @@ class R2VPO(OnPolicyAlgorithm):
         critic_epochs: int = 20,
         critic_gae_lambda: float | None = None,
         std_scaled_learning_rate: bool = False,
+        noise_exponent: float | Schedule = 0.0,
         objective: str = "r2vpo",
         objective_kwargs: dict[str, Any] | None = None,
         clip_range_vf: float | Schedule | None = None,
@@ -245,6 +255,7 @@ class R2VPO(OnPolicyAlgorithm):
         self.critic_epochs = critic_epochs
         self.critic_gae_lambda = critic_gae_lambda
         self.std_scaled_learning_rate = std_scaled_learning_rate
+        self.noise_exponent = noise_exponent
         self.objective = objective
         self.objective_kwargs = objective_kwargs
         self.clip_range_vf = clip_range_vf
@@ -295,6 +306,11 @@ class R2VPO(OnPolicyAlgorithm):
         if self.rollout_buffer_class is None:
             self.rollout_buffer_class = sequence_buffer_class
         super()._setup_model()
+        if self._has_colored_noise and not (acts_as_usual(self.policy) and is_gaussian(self.policy)):
+            raise ValueError(
+                "`noise_exponent` is for Gaussian policies that act as SB3's: with continuous actions, without `use_sde`, and "
+                "without a `forward` or `evaluate_actions` of their own."
+            )
         self.dual = dual.to(self.device)
         self.replay_buffer = replay_buffer
         if self.critic_capacity is not None:
@@ -352,6 +368,8 @@ class R2VPO(OnPolicyAlgorithm):
             )
         if not (math.isfinite(self.dual_learning_rate) and self.dual_learning_rate >= 0):
             raise ValueError(f"`dual_learning_rate` is {self.dual_learning_rate}; it must be finite and not negative.")
+        if isinstance(self.noise_exponent, Real) and not 0 <= float(self.noise_exponent) < math.inf:
+            raise ValueError(f"`noise_exponent` is {self.noise_exponent}; it must be finite and not negative.")
         check_objective(self.objective, self.objective_kwargs)
 
     def _check_critic_settings(self) -> None:
@@ -413,10 +431,22 @@ class R2VPO(OnPolicyAlgorithm):
                 draw = partial(shuffled_minibatches, [rollout.training_tensors()])  # type: ignore[assignment]
             yield from draw(self.batch_size)
 
-    def collect_rollouts(self, *args: Any, **kwargs: Any) -> bool:
+    def collect_rollouts(
+        self, env: VecEnv, callback: BaseCallback, rollout_buffer: RolloutBuffer, n_rollout_steps: int
+    ) -> bool:
         self._timeouts = Timeouts()
-        with acting_by_hand(self.policy):
-            return super().collect_rollouts(*args, **kwargs)
+        noise = None
+        if self._has_colored_noise:
+            exponent = FloatSchedule(self.noise_exponent)(self._current_progress_remaining)
+            self.logger.record("rollout/noise_exponent", exponent)
+            n_actions = get_action_dim(self.action_space)
+            noise = iter(colored_noise(exponent, n_rollout_steps, env.num_envs, n_actions, device=self.device))
+        with acting(self.policy, noise):
+            return super().collect_rollouts(env, callback, rollout_buffer, n_rollout_steps)
+
+    @property
+    def _has_colored_noise(self) -> bool:
+        return callable(self.noise_exponent) or self.noise_exponent != 0
 
     def _update_info_buffer(self, infos: list[dict[str, Any]], dones: np.ndarray | None = None) -> None:
         """Called at each step before SB3 adds the bootstrapped value to the rewards: note where that is going to happen."""

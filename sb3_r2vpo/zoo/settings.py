@@ -20,8 +20,11 @@ ACTIVATIONS: dict[str, type[nn.Module]] = {
     "silu": nn.SiLU,
 }
 
-#: Hyperparameters that "lin_<initial value>" makes a schedule: the Zoo's four, and R2VPO's three.
-SCHEDULES = ("learning_rate", "clip_range", "clip_range_vf", "delta_std", "var_coef", "target_variance", "ent_coef")
+#: Hyperparameters that "lin_<initial value>" makes a schedule: the Zoo's four, and R2VPO's four.
+SCHEDULES = (
+    *("learning_rate", "clip_range", "clip_range_vf", "delta_std"),
+    *("var_coef", "target_variance", "ent_coef", "noise_exponent"),
+)
 
 
 def find_settings(algo: str, env_id: str, conf_file: str | None = None) -> str | None:

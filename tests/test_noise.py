@@ -1,0 +1,151 @@
+"""Colored noise of exploration."""
+
+import math
+
+import numpy as np
+import pytest
+import torch as th
+from gymnasium import spaces
+from helpers import SMALL, RandomEnv
+from hypothesis import given
+from hypothesis import strategies as st
+from stable_baselines3.common.callbacks import BaseCallback, EvalCallback
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.utils import LinearSchedule
+
+from sb3_r2vpo import R2VPO, R2VPOOff
+from sb3_r2vpo.minibatches import rollout_tensors
+from sb3_r2vpo.r2vpo import CensoredMlpPolicy, LayerNormMlpPolicy
+from sb3_r2vpo.r2vpo.noise import colored_noise
+
+PLANE = spaces.Box(-1, 1, (2,))
+
+
+@given(exponent=st.floats(0, 2), n_steps=st.integers(1, 40), seed=st.integers(0, 9))
+def test_noise_of_each_step_is_standard_normal(exponent, n_steps, seed):
+    """Its variance is the sum of the squares of what the filter makes of an impulse."""
+    th.manual_seed(seed)
+    noise = colored_noise(exponent, n_steps, 4000)
+    assert noise.shape == (n_steps, 4000)
+    assert noise.dtype == th.float32
+    assert noise.square().mean(dim=1).numpy() == pytest.approx(np.ones(n_steps), abs=0.15)
+    assert noise.mean(dim=1).numpy() == pytest.approx(np.zeros(n_steps), abs=0.1)
+
+
+def test_white_noise_is_as_it_was_drawn():
+    th.manual_seed(0)
+    white = th.randn(50, 3, 2)
+    th.manual_seed(0)
+    th.testing.assert_close(colored_noise(0.0, 50, 3, 2), white)
+
+
+@pytest.mark.parametrize("exponent", [0.5, 1.0, 2.0])
+def test_power_falls_with_frequency(exponent):
+    """By the exponent, on a logarithmic scale; and what is of lower frequency than one period is as strong as that."""
+    th.manual_seed(0)
+    power = th.fft.rfft(colored_noise(exponent, 256, 2000), dim=0).abs().square().mean(dim=1).numpy()
+    slope, _ = np.polyfit(np.log(np.arange(1, 129)), np.log(power[1:]), 1)
+    assert slope == pytest.approx(-exponent, abs=0.02)
+    assert power[0] / power[1] == pytest.approx(1.0, abs=0.15)
+
+
+def test_numbers_of_a_step_are_independent():
+    th.manual_seed(0)
+    noise = colored_noise(1.0, 32, 1000, 2, 3).reshape(-1, 6)
+    assert th.corrcoef(noise.T).numpy() == pytest.approx(np.eye(6), abs=0.05)
+
+
+def rollout_noise(model) -> np.ndarray:
+    """What was added to the mean actions, in standard deviations; shape ``(n_steps, n_envs, n_actions)``."""
+    samples = rollout_tensors(model.rollout_buffer)
+    with th.no_grad():
+        distribution = model.policy.get_distribution(samples.observations)
+        th.testing.assert_close(distribution.log_prob(samples.actions), samples.old_log_prob)
+        noise = (samples.actions - distribution.distribution.mean) / distribution.distribution.stddev
+    return noise.numpy().reshape(model.n_envs, model.n_steps, -1).swapaxes(0, 1)
+
+
+def correlation_of_neighbours(noise: np.ndarray) -> float:
+    return float(np.corrcoef(noise[1:].ravel(), noise[:-1].ravel())[0, 1])
+
+
+@pytest.mark.parametrize("action_space", [PLANE, spaces.Box(-1, 1, (2, 3))], ids=str)
+@pytest.mark.parametrize("policy", ["MlpPolicy", LayerNormMlpPolicy])
+@pytest.mark.parametrize("algorithm", [R2VPO, R2VPOOff])
+def test_a_rollout_has_the_noise_of_its_exponent(algorithm, policy, action_space):
+    """And the probabilities that it says it has."""
+    settings = SMALL | {"n_steps": 64, "learning_rate": 0.0}
+    correlations = []
+    for exponent in (0.0, 1.0):
+        env = make_vec_env(lambda: RandomEnv(spaces.Box(-1, 1, (3,)), action_space), n_envs=16, seed=0)
+        model = algorithm(policy, env, noise_exponent=exponent, **settings).learn(16 * 64)
+        noise = rollout_noise(model)
+        assert noise.std() == pytest.approx(1.0, abs=0.1)
+        correlations.append(correlation_of_neighbours(noise))
+        assert "forward" not in vars(model.policy)
+    assert correlations[0] == pytest.approx(0.0, abs=0.1)
+    assert correlations[1] > 0.5
+
+
+class Exponents(BaseCallback):
+    """Those that are logged, one for each rollout."""
+
+    def _on_training_start(self) -> None:
+        self.exponents: list[float] = []
+
+    def _on_rollout_end(self) -> None:
+        self.exponents.append(self.logger.name_to_value["rollout/noise_exponent"])
+
+    def _on_step(self) -> bool:
+        return True
+
+
+def test_exponent_follows_its_schedule():
+    """At the progress before each rollout; the noise is that of the exponent that is logged."""
+    exponent, callback = LinearSchedule(2.0, 0.0, 1.0), Exponents()
+    env = make_vec_env(lambda: RandomEnv(spaces.Box(-1, 1, (3,)), PLANE), n_envs=16, seed=0)
+    settings = SMALL | {"n_steps": 64, "learning_rate": 0.0}
+    model = R2VPO("MlpPolicy", env, noise_exponent=exponent, **settings).learn(2 * 16 * 64, callback=callback)
+    assert callback.exponents == [2.0, 1.0]
+    assert 0.5 < correlation_of_neighbours(rollout_noise(model)) < 0.8
+
+
+def test_other_calls_than_the_collections_have_white_noise(tmp_path):
+    """Those of an evaluation beside it, with another number of environments; and a model that was loaded goes on."""
+    env = make_vec_env("Pendulum-v1", n_envs=2, seed=0)
+    model = R2VPO("MlpPolicy", env, noise_exponent=1.0, **SMALL)
+    evaluation = EvalCallback(
+        make_vec_env("Pendulum-v1", n_envs=1, seed=1), eval_freq=10, n_eval_episodes=1, deterministic=False
+    )
+    model.learn(64, callback=evaluation)
+    assert math.isfinite(evaluation.last_mean_reward)
+    model.save(tmp_path / "model")
+    loaded = R2VPO.load(tmp_path / "model", env=env)
+    assert loaded.noise_exponent == 1.0
+    callback = Exponents()
+    loaded.learn(64, callback=callback)
+    assert callback.exponents == [1.0]
+
+
+class Still(ActorCriticPolicy):
+    def forward(self, obs, deterministic=False):
+        return super().forward(obs, True)
+
+
+@pytest.mark.parametrize(
+    ("policy", "env_id", "settings", "message"),
+    [
+        ("MlpPolicy", "Pendulum-v1", {"noise_exponent": -0.5}, "`noise_exponent` is -0.5; it must be finite and not negative"),
+        ("MlpPolicy", "Pendulum-v1", {"noise_exponent": math.nan}, "`noise_exponent` is nan"),
+        ("MlpPolicy", "CartPole-v1", {"noise_exponent": 1.0}, "with continuous actions"),
+        ("MlpPolicy", "CartPole-v1", {"noise_exponent": LinearSchedule(1.0, 0.0, 1.0)}, "with continuous actions"),
+        ("MlpPolicy", "Pendulum-v1", {"noise_exponent": 1.0, "use_sde": True}, "without `use_sde`"),
+        (CensoredMlpPolicy, "Pendulum-v1", {"noise_exponent": 1.0}, "is for Gaussian policies that act as SB3's"),
+        (Still, "Pendulum-v1", {"noise_exponent": 1.0}, "without a `forward`"),
+    ],
+)
+@pytest.mark.parametrize("algorithm", [R2VPO, R2VPOOff])
+def test_bad_settings(algorithm, policy, env_id, settings, message):
+    with pytest.raises(ValueError, match=message):
+        algorithm(policy, env_id, **settings)
