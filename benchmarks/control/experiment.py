@@ -80,6 +80,8 @@ LAYER_NORM = {
 }
 # R2VPO's critic, which learns apart, and its policy's rate, which falls with the standard deviation; TUNING.md, steps 18, 19
 SCALED = {"critic_capacity": 2, "critic_gae_lambda": 0.99, "gae_lambda": 0.7, "std_scaled_learning_rate": True}
+# Noise of exploration that is pink at first and white in the end; TUNING.md, step 21
+COLORED = {"noise_exponent": "lin_1.0"}
 # What R2VPO had before
 JOINT = {"gae_lambda": 0.95, "ent_coef": 0.01, "compensate_entropy": False, "recompute_advantages": True}
 #: Other policies than the comparison's, for annealed PPO and R2VPOOff alike, by what the names of both end with
@@ -120,6 +122,9 @@ METHODS |= {
     "r2vpo_critic": Method(R2VPO, "r2vpo", without=("std_scaled_learning_rate",), own=COMPILED),
     # PPO with the same: what of it is the critic's and the rate's, and what the objective's
     "ppo_annealed_scaled": Method(PPO, without=(), own={**ANNEALED, **SCALED, **COMPILED}),
+    # Colored noise, for R2VPO and annealed PPO alike
+    "r2vpo_colored": Method(R2VPO, "r2vpo", without=(), own={**COLORED, **COMPILED}),
+    "ppo_annealed_colored": Method(PPO, without=(), own={**ANNEALED, **COLORED, **COMPILED}),
     # What R2VPO's settings have besides its objective
     "ppo_recompute": Method(PPO, without=(), own={"recompute_advantages": True}),
     # As in the paper, but for the coefficient

@@ -41,6 +41,8 @@ LABELS = {
     "r2vpo_joint": "R2VPO, critic with the policy",
     "r2vpo_critic": "R2VPO, rate not scaled",
     "ppo_annealed_scaled": "PPO, annealed entropy bonus, R2VPO's critic and rate",
+    "r2vpo_colored": "R2VPO, colored noise",
+    "ppo_annealed_colored": "PPO, annealed entropy bonus, colored noise",
     "ppo_recompute": "PPO, advantages recomputed",
     "spo": "SPO",
     "exact_kl": "exact KL",
@@ -80,6 +82,9 @@ PAIRS = (
     ("r2vpo_joint", "ppo"),
     ("r2vpo", "ppo_annealed_scaled"),
     ("ppo_annealed_scaled", "ppo_annealed"),
+    ("r2vpo_colored", "ppo"),
+    ("r2vpo_colored", "ppo_annealed"),
+    ("r2vpo_colored", "ppo_annealed_colored"),
     ("r2vpo_off_layer_norm", "ppo_annealed_layer_norm"),
 )
 
