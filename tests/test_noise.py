@@ -89,7 +89,7 @@ def test_a_rollout_has_the_noise_of_its_exponent(algorithm, policy, action_space
 
 
 class Exponents(BaseCallback):
-    """Those that are logged, one for each rollout."""
+    """Those that are logged, one for each rollout. Asks the policy for actions of its own at every step."""
 
     def _on_training_start(self) -> None:
         self.exponents: list[float] = []
@@ -98,6 +98,8 @@ class Exponents(BaseCallback):
         self.exponents.append(self.logger.name_to_value["rollout/noise_exponent"])
 
     def _on_step(self) -> bool:
+        with th.no_grad():
+            self.model.policy(self.locals["obs_tensor"])
         return True
 
 

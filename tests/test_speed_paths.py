@@ -24,8 +24,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from sb3_r2vpo import R2VPO, R2VPOOff
 from sb3_r2vpo.minibatches import rollout_tensors, shuffled_minibatches
 from sb3_r2vpo.optim import FlatAdam, clip_coefficient, clip_coefficient_on_host, descend
+from sb3_r2vpo.r2vpo.acting import acting
 from sb3_r2vpo.r2vpo.evaluation import acts_as_usual, evaluate_actions
-from sb3_r2vpo.r2vpo.plain_mlp import PlainMlp, acting, is_plain_mlp
+from sb3_r2vpo.r2vpo.plain_mlp import PlainMlp, is_plain_mlp
 from sb3_r2vpo.r2vpo.policies import CensoredMlpPolicy
 
 IMAGE = spaces.Box(0, 255, (36, 36, 1), dtype=np.uint8)

@@ -4,7 +4,7 @@ import inspect
 import math
 import warnings
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from copy import deepcopy
 from functools import partial
 from numbers import Real
@@ -38,10 +38,11 @@ from sb3_r2vpo.optim import (
     where,
     with_fewer_operations,
 )
+from sb3_r2vpo.r2vpo.acting import acting
 from sb3_r2vpo.r2vpo.critic import critic_parameters
 from sb3_r2vpo.r2vpo.evaluation import acts_as_usual, evaluate_actions, is_gaussian
 from sb3_r2vpo.r2vpo.noise import colored_noise
-from sb3_r2vpo.r2vpo.plain_mlp import PlainMlp, acting, is_plain_mlp
+from sb3_r2vpo.r2vpo.plain_mlp import PlainMlp, is_plain_mlp
 from sb3_r2vpo.r2vpo.policies import CnnPolicy, MlpPolicy, MultiInputPolicy
 from sb3_r2vpo.r2vpo.statistics import PPO_CLIP_RANGE, gradient_norms, summarize_ratios
 from sb3_r2vpo.rollout_replay import RolloutReplayBuffer, StoredRollout, Timeouts, check_whole_number, drop_padding
@@ -435,14 +436,16 @@ class R2VPO(OnPolicyAlgorithm):
         self, env: VecEnv, callback: BaseCallback, rollout_buffer: RolloutBuffer, n_rollout_steps: int
     ) -> bool:
         self._timeouts = Timeouts()
-        noise = None
-        if self._has_colored_noise:
-            exponent = FloatSchedule(self.noise_exponent)(self._current_progress_remaining)
-            self.logger.record("rollout/noise_exponent", exponent)
-            n_actions = get_action_dim(self.action_space)
-            noise = iter(colored_noise(exponent, n_rollout_steps, env.num_envs, n_actions, device=self.device))
+        noise = self._exploration_noise(env.num_envs, n_rollout_steps) if self._has_colored_noise else None
         with acting(self.policy, noise):
             return super().collect_rollouts(env, callback, rollout_buffer, n_rollout_steps)
+
+    def _exploration_noise(self, n_envs: int, n_steps: int) -> Callable[[], th.Tensor]:
+        """:return: What gives the noise of each step of a rollout, of shape ``(n_envs, n_actions)``"""
+        exponent = FloatSchedule(self.noise_exponent)(self._current_progress_remaining)
+        self.logger.record("rollout/noise_exponent", exponent)
+        noise = colored_noise(exponent, n_steps, n_envs, get_action_dim(self.action_space), device=self.device)
+        return lambda: noise[self.rollout_buffer.pos]
 
     @property
     def _has_colored_noise(self) -> bool:
