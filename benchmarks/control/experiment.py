@@ -80,8 +80,8 @@ LAYER_NORM = {
 }
 # R2VPO's critic, which learns apart, and its policy's rate, which falls with the standard deviation; TUNING.md, steps 18, 19
 SCALED = {"critic_capacity": 2, "critic_gae_lambda": 0.99, "gae_lambda": 0.7, "std_scaled_learning_rate": True}
-# Noise of exploration that is pink at first and white in the end; TUNING.md, step 21
-COLORED = {"noise_exponent": "lin_1.0"}
+# Noise of exploration that is colored at first and white in the end; TUNING.md, step 21
+COLORED = {"noise_exponent": "lin_0.5"}
 # What R2VPO had before
 JOINT = {"gae_lambda": 0.95, "ent_coef": 0.01, "compensate_entropy": False, "recompute_advantages": True}
 #: Other policies than the comparison's, for annealed PPO and R2VPOOff alike, by what the names of both end with
