@@ -1,5 +1,10 @@
 import pytest
 import torch as th
+from hypothesis import settings
+
+# A deadline for each example would fail on a busy machine
+settings.register_profile("no_deadline", deadline=None)
+settings.load_profile("no_deadline")
 
 
 @pytest.fixture(scope="session", autouse=True)

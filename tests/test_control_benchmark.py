@@ -109,7 +109,7 @@ def test_a_method_has_one_setting_for_the_ten_tasks_and_other_networks_for_hard_
         networks = {"policy": "sb3_r2vpo.r2vpo.LayerNormMlpPolicy", "policy_kwargs": {"net_arch": [256, 256]}}
         # R2VPO's critic has not been run on them
         others = experiment.METHODS["r2vpo_joint"].settings(experiment.TASKS[0]) if method.shipped == "r2vpo" else first
-        assert method.settings(task) == {**others, **networks}
+        assert method.settings(task) == {**others, **method.own, **networks}
 
 
 def test_every_method_has_as_many_finalists_and_they_take_its_arguments():
