@@ -22,6 +22,8 @@ from sb3_r2vpo.r2vpo.plain_mlp import PlainMlp, is_plain_mlp
 from sb3_r2vpo.r2vpo.policies import LayerNormTanh
 
 OBSERVATIONS, ACTIONS = spaces.Box(-np.inf, np.inf, (5,)), spaces.Box(-1, 1, (3,))
+#: Nodes and weights of Gauss-Legendre quadrature from -1 to 1
+QUADRATURE = np.polynomial.legendre.leggauss(500)
 
 
 def make_policy(**kwargs) -> LayerNormMlpPolicy:
@@ -96,7 +98,7 @@ def test_probability_of_a_bound_is_that_of_all_beyond():
 @given(mean=st.floats(-3, 3), std=st.floats(0.05, 5))
 def test_probabilities_sum_to_one_and_entropy_is_minus_the_mean_log_probability(mean, std):
     """By Gauss-Legendre quadrature of what is between the bounds, and the two bounds."""
-    nodes, weights = np.polynomial.legendre.leggauss(500)
+    nodes, weights = QUADRATURE
     actions = th.as_tensor(np.concatenate([nodes, [-1.0, 1.0]])).unsqueeze(1)
     bounds = th.tensor([-1.0], dtype=th.float64), th.tensor([1.0], dtype=th.float64)
     log_prob, entropy = censored_gaussian(actions, th.full_like(actions, mean), th.full_like(actions, std), *bounds)
