@@ -343,7 +343,7 @@ def draw_curve(ax: Axes, method: str, x: np.ndarray, middle: np.ndarray, *band: 
 
 def draw_legend(figure: plt.Figure) -> None:
     """One for all axes, beside them: in one of them it would hide curves."""
-    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize="small")
 
 
 def save(figure: plt.Figure, name: str) -> None:
