@@ -24,7 +24,7 @@ PLANE = spaces.Box(-1, 1, (2,))
 
 @given(exponent=st.floats(0, 2), n_steps=st.integers(1, 40), seed=st.integers(0, 9))
 def test_noise_of_each_step_is_standard_normal(exponent, n_steps, seed):
-    """Its variance is the sum of the squares of what the filter makes of an impulse."""
+    """Whatever the exponent is, at the first step as at the last."""
     th.manual_seed(seed)
     noise = colored_noise(exponent, n_steps, 4000)
     assert noise.shape == (n_steps, 4000)
@@ -113,8 +113,34 @@ def test_exponent_follows_its_schedule():
     assert 0.5 < correlation_of_neighbours(rollout_noise(model)) < 0.8
 
 
-def test_other_calls_than_the_collections_have_white_noise(tmp_path):
-    """Those of an evaluation beside it, with another number of environments; and a model that was loaded goes on."""
+class Predictions(BaseCallback):
+    """Actions of the policy outside the collection, from the same random numbers at every step."""
+
+    def _on_training_start(self) -> None:
+        self.predictions = []
+
+    def _on_step(self) -> bool:
+        self.predictions.append(predict(self.model))
+        return True
+
+
+def predict(model) -> np.ndarray:
+    with th.random.fork_rng():
+        th.manual_seed(5)
+        return model.predict(np.zeros((7, 3), dtype=np.float32), deterministic=False)[0]
+
+
+def test_other_calls_than_the_collections_have_white_noise():
+    """Those of `predict`, with another number of environments."""
+    env = make_vec_env("Pendulum-v1", n_envs=2, seed=0)
+    model, callback = R2VPO("MlpPolicy", env, noise_exponent=1.0, **SMALL | {"learning_rate": 0.0}), Predictions()
+    expected = predict(model)
+    model.learn(64, callback=callback)
+    assert len(callback.predictions) == 32
+    assert all(np.array_equal(actions, expected) for actions in callback.predictions)
+
+
+def test_evaluation_beside_the_collection_and_a_loaded_model(tmp_path):
     env = make_vec_env("Pendulum-v1", n_envs=2, seed=0)
     model = R2VPO("MlpPolicy", env, noise_exponent=1.0, **SMALL)
     evaluation = EvalCallback(

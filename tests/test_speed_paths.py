@@ -378,8 +378,8 @@ def test_rollouts_are_those_of_ppo(algorithm):
     + [(CensoredMlpPolicy, spaces.Box(-0.5, 0.5, (3,)))],
     ids=str,
 )
-def test_acting_is_acting_bit_for_bit(policy_class, action_space, observation_space, policy_kwargs):
-    """With the same random numbers, and not beyond the collection: neither with gradients nor deterministic."""
+def test_acting_in_a_collection_is_the_policys_bit_for_bit(policy_class, action_space, observation_space, policy_kwargs):
+    """From the same random numbers, by hand where the policy is plain; and so are calls with gradients or deterministic."""
     policy = policy_class(observation_space, action_space, lambda _: 1e-3, **policy_kwargs)
     observations = th.as_tensor(np.stack([observation_space.sample() for _ in range(7)]))
 
@@ -392,6 +392,8 @@ def test_acting_is_acting_bit_for_bit(policy_class, action_space, observation_sp
     expected = act()
     with acting(policy):
         assert ("forward" in vars(policy)) == acts_as_usual(policy)
+        if acts_as_usual(policy):
+            assert (policy.forward.by_hand is not None) == is_plain_mlp(policy)
         results = act()
     assert "forward" not in vars(policy)
     assert len(results) == len(expected)

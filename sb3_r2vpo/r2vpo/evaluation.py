@@ -27,6 +27,20 @@ def gaussian(distance: th.Tensor, std: th.Tensor) -> th.Tensor:
     return log_prob.sum(dim=-1)
 
 
+def gaussian_sample(mean: th.Tensor, std: th.Tensor, noise: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
+    """
+    Actions of a diagonal Gaussian and their log-probabilities, operation by operation those of ``torch.distributions.Normal``.
+
+    :param mean: Shape ``(batch_size, action_dim)``
+    :param std: Shape ``(action_dim,)``
+    :param noise: What makes the actions, in standard deviations; the shape of ``mean``
+    :return: Actions, and log-probabilities of shape ``(batch_size,)``
+    """
+    actions = mean + noise * std
+    deviation = actions - mean
+    return actions, gaussian(deviation * deviation / (std * std), std)
+
+
 def gaussian_entropy(std: th.Tensor) -> th.Tensor:
     """
     Entropy of a diagonal Gaussian, operation by operation that of ``torch.distributions.Normal``.
@@ -159,9 +173,7 @@ def act_with_noise(
     :return: actions, values, and log-probabilities, as ``policy`` returns them
     """
     outputs, values = _outputs_and_values(policy, observations)
-    std = policy.log_std.exp()
-    actions = outputs + noise * std
-    log_prob = gaussian((actions - outputs) ** 2 / std**2, std)
+    actions, log_prob = gaussian_sample(outputs, policy.log_std.exp(), noise)
     return actions.reshape((-1, *policy.action_space.shape)), values, log_prob  # type: ignore[misc]
 
 

@@ -17,6 +17,7 @@ from sb3_r2vpo.r2vpo.evaluation import (
     gaussian,
     gaussian_backward,
     gaussian_entropy,
+    gaussian_sample,
     has_usual_distribution,
 )
 
@@ -138,11 +139,8 @@ class PlainMlp:
             log_prob = logits.gather(-1, actions).flatten()
         else:
             std = self.log_std.exp()
-            actions = outputs + (th.randn_like(outputs) if noise is None else noise) * std
-            if self.bounds is None:
-                deviation = actions - outputs
-                log_prob = gaussian(deviation * deviation / (std * std), std)
-            else:
+            actions, log_prob = gaussian_sample(outputs, std, th.randn_like(outputs) if noise is None else noise)
+            if self.bounds is not None:
                 actions = actions.clamp(*self.bounds)
                 log_prob, _ = censored_gaussian(actions, outputs, std, *self.bounds)
         return actions.reshape((-1, *self.policy.action_space.shape)), values, log_prob  # type: ignore[misc]
