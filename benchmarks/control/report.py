@@ -84,6 +84,7 @@ PAIRS = (
     ("ppo_annealed_scaled", "ppo_annealed"),
     ("r2vpo_colored", "ppo"),
     ("r2vpo_colored", "ppo_annealed"),
+    ("r2vpo_colored", "r2vpo"),
     ("r2vpo_colored", "ppo_annealed_colored"),
     ("r2vpo_off_layer_norm", "ppo_annealed_layer_norm"),
 )
