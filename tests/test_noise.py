@@ -1,14 +1,17 @@
 """Colored noise of exploration."""
 
+import copy
 import math
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch as th
 from gymnasium import spaces
-from helpers import SMALL, RandomEnv
+from helpers import SMALL, VECTOR, RandomEnv
 from hypothesis import given
 from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
 from stable_baselines3.common.callbacks import BaseCallback, EvalCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.policies import ActorCriticPolicy
@@ -17,7 +20,7 @@ from stable_baselines3.common.utils import LinearSchedule
 from sb3_r2vpo import R2VPO, R2VPOOff
 from sb3_r2vpo.minibatches import rollout_tensors
 from sb3_r2vpo.r2vpo import CensoredMlpPolicy, LayerNormMlpPolicy
-from sb3_r2vpo.r2vpo.noise import colored_noise
+from sb3_r2vpo.r2vpo.noise import colored_noise, exponent_of, unexplained_variance
 
 PLANE = spaces.Box(-1, 1, (2,))
 
@@ -113,6 +116,127 @@ def test_exponent_follows_its_schedule():
     assert 0.5 < correlation_of_neighbours(rollout_noise(model)) < 0.8
 
 
+def test_unexplained_variance_by_hand():
+    """Sums of 2 and 1, of 0 and 4; TD errors add up to 0.5 and 0, to 0.5 and 1."""
+    rewards = np.array([[1.5, -2.0], [1.0, 4.0]])
+    td_errors = np.array([[0.5, 0.0], [0.0, 1.0]])
+    dones = np.zeros((2, 2))
+    share = np.var([0.5, 0.0, 0.5, 1.0]) / np.var([2.0, 1.0, 0.0, 4.0])
+    assert unexplained_variance(rewards, td_errors, dones, gamma=0.5) == pytest.approx(share)
+    # An episode ends after its first step: nothing that follows counts
+    dones[0, 1] = 1.0
+    share = np.var([0.5, 0.0, 0.0, 1.0]) / np.var([2.0, 1.0, -2.0, 4.0])
+    assert unexplained_variance(rewards, td_errors, dones, gamma=0.5) == pytest.approx(share)
+
+
+@given(
+    rewards=arrays(np.float32, (6, 3), elements=st.floats(-4, 4, width=16)),
+    values=arrays(np.float32, (7, 3), elements=st.floats(-4, 4, width=16)),
+    dones=arrays(np.float32, (6, 3), elements=st.sampled_from([0.0, 1.0])),
+)
+def test_unexplained_variance_is_of_sums_of_rewards(rewards, values, dones):
+    """What a critic says of the rewards is its value less that of where the sum ends; the ends of episodes have none."""
+    gamma = 0.9
+    sums, foreseen = np.zeros((6, 3)), np.zeros((6, 3))
+    for env, first in np.ndindex(3, 6):
+        step, discount = first, 1.0
+        while True:
+            sums[first, env] += discount * rewards[step, env]
+            discount *= gamma
+            step += 1
+            if dones[step - 1, env] or step == 6:
+                break
+        foreseen[first, env] = values[first, env] - (1 - dones[step - 1, env]) * discount * values[step, env]
+    td_errors = rewards + gamma * (1 - dones) * values[1:] - values[:-1]
+    share = unexplained_variance(rewards, td_errors, dones, gamma)
+    total, unexplained = np.var(sums), np.var(sums - foreseen)
+    assert 0 <= share <= 1
+    if total > 1e-6:
+        assert share == pytest.approx(min(1.0, unexplained / total), abs=1e-3)
+
+
+def test_variance_that_is_not_there_is_unexplained():
+    nothing = np.zeros((4, 2), dtype=np.float32)
+    assert unexplained_variance(nothing, nothing, nothing, 0.99) == 1.0
+    rewards = np.random.default_rng(0).normal(size=(4, 2)).astype(np.float32)
+    assert unexplained_variance(rewards, rewards, nothing, 0.99) == 1.0
+    assert unexplained_variance(rewards, nothing, nothing, 0.99) == 0.0
+
+
+class Shares(Exponents):
+    """Of the variance of each rollout, what its values leave unexplained, by GAE with a lambda of 1."""
+
+    def _on_training_start(self) -> None:
+        super()._on_training_start()
+        self.shares: list[float] = []
+
+    def _on_rollout_end(self) -> None:
+        super()._on_rollout_end()
+        rollout = copy.deepcopy(self.model.rollout_buffer)
+        rollout.gae_lambda = 1.0
+        with th.no_grad():
+            last_values = self.model.policy.predict_values(th.as_tensor(self.locals["new_obs"]))
+            timeouts = self.model._timeouts
+            bootstraps = self.model.policy.predict_values(th.as_tensor(timeouts.stacked_observations())).flatten()
+        rollout.compute_returns_and_advantage(last_values, self.locals["dones"])
+        errors = rollout.advantages.copy()
+        rollout.rewards[timeouts.steps, timeouts.envs] -= self.model.gamma * bootstraps.numpy()
+        rollout.values[:] = 0.0
+        rollout.compute_returns_and_advantage(th.zeros(self.model.n_envs), self.locals["dones"])
+        self.shares.append(min(1.0, errors.var() / rollout.advantages.var()))
+
+
+@pytest.mark.parametrize("critic_capacity", [None, 2])
+@pytest.mark.parametrize("algorithm", [R2VPO, R2VPOOff])
+def test_auto_exponent_is_of_what_the_critic_has_not_foreseen(algorithm, critic_capacity):
+    """Pink before the first rollout; afterwards of the last one's rewards, by the values that were collected with them."""
+    env, callback = make_vec_env(lambda: RandomEnv(VECTOR, PLANE), n_envs=4, seed=0), Shares()
+    settings = SMALL | {"learning_rate": 1e-3, "critic_capacity": critic_capacity, "noise_exponent": "auto"}
+    algorithm("MlpPolicy", env, **settings).learn(4 * 4 * 32, callback=callback)
+    assert len(callback.model._timeouts) > 0
+    assert callback.exponents[0] == 1.0
+    assert callback.exponents[1:] == pytest.approx([exponent_of(share) for share in callback.shares[:-1]], rel=1e-4)
+
+
+class Foreseen(gym.Env):
+    """The observation is the reward of this step; episodes of one step."""
+
+    observation_space, action_space = spaces.Box(-1, 1, (1,)), PLANE
+
+    def __init__(self, scale: float) -> None:
+        self.scale = scale
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.obs = self.np_random.uniform(-1, 1, 1).astype(np.float32)
+        return self.obs, {}
+
+    def step(self, action):
+        return self.obs, self.scale * float(self.obs[0]), True, False, {}
+
+
+def test_noise_is_pink_without_rewards_and_becomes_white_as_the_critic_learns():
+    exponents = []
+    for scale in (0.0, 1.0):
+        env, callback = make_vec_env(lambda scale=scale: Foreseen(scale), n_envs=4, seed=0), Exponents()
+        settings = SMALL | {"learning_rate": 3e-3, "n_epochs": 10, "noise_exponent": "auto"}
+        R2VPO("MlpPolicy", env, **settings).learn(10 * 4 * 32, callback=callback)
+        exponents.append(callback.exponents)
+    assert exponents[0] == [1.0] * 10
+    assert exponents[1][0] == 1.0
+    assert exponents[1][-1] < 0.05
+
+
+def test_auto_exponent_goes_on_in_a_loaded_model(tmp_path):
+    env = make_vec_env(lambda: Foreseen(1.0), n_envs=4, seed=0)
+    model = R2VPO("MlpPolicy", env, noise_exponent="auto", **SMALL | {"learning_rate": 3e-3}).learn(4 * 4 * 32)
+    model.save(tmp_path / "model")
+    callback = Exponents()
+    R2VPO.load(tmp_path / "model", env=env).learn(4 * 32, callback=callback)
+    assert callback.exponents == [exponent_of(model._unexplained_variance)]
+    assert callback.exponents[0] < 1.0
+
+
 class Predictions(BaseCallback):
     """Actions of the policy outside the collection, from the same random numbers at every step."""
 
@@ -166,6 +290,8 @@ class Still(ActorCriticPolicy):
     [
         ("MlpPolicy", "Pendulum-v1", {"noise_exponent": -0.5}, "`noise_exponent` is -0.5; it must be finite and not negative"),
         ("MlpPolicy", "Pendulum-v1", {"noise_exponent": math.nan}, "`noise_exponent` is nan"),
+        ("MlpPolicy", "Pendulum-v1", {"noise_exponent": "pink"}, "`noise_exponent` is 'pink'; .* or 'auto'"),
+        ("MlpPolicy", "CartPole-v1", {"noise_exponent": "auto"}, "with continuous actions"),
         ("MlpPolicy", "CartPole-v1", {"noise_exponent": 1.0}, "with continuous actions"),
         ("MlpPolicy", "CartPole-v1", {"noise_exponent": LinearSchedule(1.0, 0.0, 1.0)}, "with continuous actions"),
         ("MlpPolicy", "Pendulum-v1", {"noise_exponent": 1.0, "use_sde": True}, "without `use_sde`"),

@@ -82,6 +82,8 @@ LAYER_NORM = {
 SCALED = {"critic_capacity": 2, "critic_gae_lambda": 0.99, "gae_lambda": 0.7, "std_scaled_learning_rate": True}
 # Noise of exploration that is colored at first and white in the end; TUNING.md, step 21
 COLORED = {"noise_exponent": "lin_0.5"}
+# Colored as long as the critic does not foresee the rewards; TUNING.md, step 22
+AUTO_NOISE = {"noise_exponent": "auto"}
 # What R2VPO had before
 JOINT = {"gae_lambda": 0.95, "ent_coef": 0.01, "compensate_entropy": False, "recompute_advantages": True}
 #: Other policies than the comparison's, for annealed PPO and R2VPOOff alike, by what the names of both end with
@@ -125,6 +127,8 @@ METHODS |= {
     # Colored noise, for R2VPO and annealed PPO alike
     "r2vpo_colored": Method(R2VPO, "r2vpo", without=(), own={**COLORED, **COMPILED}),
     "ppo_annealed_colored": Method(PPO, without=(), own={**ANNEALED, **COLORED, **COMPILED}),
+    "r2vpo_auto_noise": Method(R2VPO, "r2vpo", without=(), own={**AUTO_NOISE, **COMPILED}),
+    "ppo_annealed_auto_noise": Method(PPO, without=(), own={**ANNEALED, **AUTO_NOISE, **COMPILED}),
     # What R2VPO's settings have besides its objective
     "ppo_recompute": Method(PPO, without=(), own={"recompute_advantages": True}),
     # As in the paper, but for the coefficient

@@ -43,6 +43,8 @@ LABELS = {
     "ppo_annealed_scaled": "PPO, annealed entropy bonus, R2VPO's critic and rate",
     "r2vpo_colored": "R2VPO, colored noise",
     "ppo_annealed_colored": "PPO, annealed entropy bonus, colored noise",
+    "r2vpo_auto_noise": "R2VPO, noise by the critic",
+    "ppo_annealed_auto_noise": "PPO, annealed entropy bonus, noise by the critic",
     "ppo_recompute": "PPO, advantages recomputed",
     "spo": "SPO",
     "exact_kl": "exact KL",

@@ -41,7 +41,7 @@ from sb3_r2vpo.optim import (
 from sb3_r2vpo.r2vpo.acting import acting
 from sb3_r2vpo.r2vpo.critic import critic_parameters
 from sb3_r2vpo.r2vpo.evaluation import acts_as_usual, evaluate_actions, is_gaussian
-from sb3_r2vpo.r2vpo.noise import colored_noise
+from sb3_r2vpo.r2vpo.noise import colored_noise, exponent_of, unexplained_variance
 from sb3_r2vpo.r2vpo.plain_mlp import PlainMlp, is_plain_mlp
 from sb3_r2vpo.r2vpo.policies import CnnPolicy, MlpPolicy, MultiInputPolicy
 from sb3_r2vpo.r2vpo.statistics import PPO_CLIP_RANGE, gradient_norms, summarize_ratios
@@ -111,7 +111,9 @@ class R2VPO(OnPolicyAlgorithm):
     :param noise_exponent: Color of the noise that a Gaussian policy explores with, a number or a schedule: its power is
         proportional to ``frequency ** -noise_exponent`` over the steps of a rollout, so that neighbouring steps are the more
         alike the larger it is, while the noise of each step is what its probability says
-        (https://arxiv.org/abs/2312.11091 advises 0.5 for PPO). 0 (default) is white noise, as in SB3; 1 is pink.
+        (https://arxiv.org/abs/2312.11091 advises 0.5 for PPO). 0 (default) is white noise, as in SB3; 1 is pink. "auto" is
+        for rewards that are rare, which noise that lasts finds: pink as long as the critic foresees nothing of them, white
+        once it foresees all, see :func:`~sb3_r2vpo.r2vpo.noise.exponent_of`.
     :param objective: The policy objective: "r2vpo"; "r2vpo_sequence", which takes the ratio of a language model's whole
         response; or a baseline to compare with in the same loop: "ppo_clip", "clip_higher", "gppo", "topr", "topr_token",
         "exact_kl", "spo" (see ``sb3_r2vpo.objectives``), which have no use for the multiplier.
@@ -193,7 +195,7 @@ class R2VPO(OnPolicyAlgorithm):
         critic_epochs: int = 20,
         critic_gae_lambda: float | None = None,
         std_scaled_learning_rate: bool = False,
-        noise_exponent: float | Schedule = 0.0,
+        noise_exponent: float | Schedule | str = 0.0,
         objective: str = "r2vpo",
         objective_kwargs: dict[str, Any] | None = None,
         clip_range_vf: float | Schedule | None = None,
@@ -264,6 +266,8 @@ class R2VPO(OnPolicyAlgorithm):
         self.target_kl = target_kl
         self.compile = compile
         self._timeouts = Timeouts()
+        # Of the last rollout's rewards
+        self._unexplained_variance = 1.0
 
         if self.env is not None:
             self._check_batch_size(self.env.num_envs)
@@ -369,8 +373,15 @@ class R2VPO(OnPolicyAlgorithm):
             )
         if not (math.isfinite(self.dual_learning_rate) and self.dual_learning_rate >= 0):
             raise ValueError(f"`dual_learning_rate` is {self.dual_learning_rate}; it must be finite and not negative.")
-        if isinstance(self.noise_exponent, Real) and not 0 <= float(self.noise_exponent) < math.inf:
-            raise ValueError(f"`noise_exponent` is {self.noise_exponent}; it must be finite and not negative.")
+        if isinstance(self.noise_exponent, str):
+            refused = self.noise_exponent != "auto"
+        else:
+            refused = isinstance(self.noise_exponent, Real) and not 0 <= float(self.noise_exponent) < math.inf
+        if refused:
+            raise ValueError(
+                f"`noise_exponent` is {self.noise_exponent!r}; it must be finite and not negative, such as 0.5, a schedule, "
+                "or 'auto'."
+            )
         check_objective(self.objective, self.objective_kwargs)
 
     def _check_critic_settings(self) -> None:
@@ -438,11 +449,30 @@ class R2VPO(OnPolicyAlgorithm):
         self._timeouts = Timeouts()
         noise = self._exploration_noise(env.num_envs, n_rollout_steps) if self._has_colored_noise else None
         with acting(self.policy, noise):
-            return super().collect_rollouts(env, callback, rollout_buffer, n_rollout_steps)
+            continue_training = super().collect_rollouts(env, callback, rollout_buffer, n_rollout_steps)
+        if continue_training and self.noise_exponent == "auto":
+            self._update_unexplained_variance()
+        return continue_training
+
+    @th.no_grad()
+    def _update_unexplained_variance(self) -> None:
+        """How much of the rollout's rewards the critic has not foreseen, before it learns from them."""
+        buffer, timeouts = self.rollout_buffer, self._timeouts
+        last_values = self.policy.predict_values(obs_as_tensor(self._last_obs, self.device))  # type: ignore[arg-type]
+        next_values = np.concatenate([buffer.values[1:], last_values.cpu().numpy().reshape(1, -1)])
+        dones = np.concatenate([buffer.episode_starts[1:], self._last_episode_starts[np.newaxis]])  # type: ignore[index]
+        # SB3 has added the values of timeouts to the rewards
+        td_errors = buffer.rewards + self.gamma * (1 - dones) * next_values - buffer.values
+        rewards = buffer.rewards.copy()
+        rewards[timeouts.steps, timeouts.envs] -= self.gamma * self._predict_timeout_values(timeouts)
+        self._unexplained_variance = unexplained_variance(rewards, td_errors, dones, self.gamma)
 
     def _exploration_noise(self, n_envs: int, n_steps: int) -> Callable[[], th.Tensor]:
         """:return: What gives the noise of each step of a rollout, of shape ``(n_envs, n_actions)``"""
-        exponent = FloatSchedule(self.noise_exponent)(self._current_progress_remaining)
+        if self.noise_exponent == "auto":
+            exponent = exponent_of(self._unexplained_variance)
+        else:
+            exponent = FloatSchedule(self.noise_exponent)(self._current_progress_remaining)  # type: ignore[arg-type]
         self.logger.record("rollout/noise_exponent", exponent)
         noise = colored_noise(exponent, n_steps, n_envs, get_action_dim(self.action_space), device=self.device)
         return lambda: noise[self.rollout_buffer.pos]

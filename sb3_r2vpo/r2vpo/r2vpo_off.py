@@ -75,7 +75,7 @@ class R2VPOOff(R2VPO):
         critic_epochs: int = 20,
         critic_gae_lambda: float | None = None,
         std_scaled_learning_rate: bool = False,
-        noise_exponent: float | Schedule = 0.0,
+        noise_exponent: float | Schedule | str = 0.0,
         objective: str = "r2vpo",
         objective_kwargs: dict[str, Any] | None = None,
         clip_range_vf: float | Schedule | None = None,
