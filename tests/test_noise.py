@@ -20,7 +20,7 @@ from stable_baselines3.common.utils import LinearSchedule
 from sb3_r2vpo import R2VPO, R2VPOOff
 from sb3_r2vpo.minibatches import rollout_tensors
 from sb3_r2vpo.r2vpo import CensoredMlpPolicy, LayerNormMlpPolicy
-from sb3_r2vpo.r2vpo.noise import colored_noise, exponent_of, unexplained_variance
+from sb3_r2vpo.r2vpo.noise import auto_exponent, colored_noise, unexplained_variance
 
 PLANE = spaces.Box(-1, 1, (2,))
 
@@ -195,7 +195,7 @@ def test_auto_exponent_is_of_what_the_critic_has_not_foreseen(algorithm, critic_
     algorithm("MlpPolicy", env, **settings).learn(4 * 4 * 32, callback=callback)
     assert len(callback.model._timeouts) > 0
     assert callback.exponents[0] == 1.0
-    assert callback.exponents[1:] == pytest.approx([exponent_of(share) for share in callback.shares[:-1]], rel=1e-4)
+    assert callback.exponents[1:] == pytest.approx([auto_exponent(share) for share in callback.shares[:-1]], rel=1e-4)
 
 
 class Foreseen(gym.Env):
@@ -233,7 +233,7 @@ def test_auto_exponent_goes_on_in_a_loaded_model(tmp_path):
     model.save(tmp_path / "model")
     callback = Exponents()
     R2VPO.load(tmp_path / "model", env=env).learn(4 * 32, callback=callback)
-    assert callback.exponents == [exponent_of(model._unexplained_variance)]
+    assert callback.exponents == [auto_exponent(model._unexplained_variance)]
     assert callback.exponents[0] < 1.0
 
 

@@ -80,10 +80,6 @@ LAYER_NORM = {
 }
 # R2VPO's critic, which learns apart, and its policy's rate, which falls with the standard deviation; TUNING.md, steps 18, 19
 SCALED = {"critic_capacity": 2, "critic_gae_lambda": 0.99, "gae_lambda": 0.7, "std_scaled_learning_rate": True}
-# Noise of exploration that is colored at first and white in the end; TUNING.md, step 21
-COLORED = {"noise_exponent": "lin_0.5"}
-# Colored as long as the critic does not foresee the rewards; TUNING.md, step 22
-AUTO_NOISE = {"noise_exponent": "auto"}
 # What R2VPO had before
 JOINT = {"gae_lambda": 0.95, "ent_coef": 0.01, "compensate_entropy": False, "recompute_advantages": True}
 #: Other policies than the comparison's, for annealed PPO and R2VPOOff alike, by what the names of both end with
@@ -118,17 +114,17 @@ METHODS |= {
         without=(),
         own={"critic_capacity": 8, "critic_gae_lambda": 0.95, "gae_lambda": 0.7, **COMPILED},
     ),
-    # R2VPO's settings before: the critic learns with the policy
-    "r2vpo_joint": Method(R2VPO, "r2vpo", without=tuple(SCALED), own={**JOINT, **COMPILED}),
+    # R2VPO's settings before: white noise; a critic that learns with the policy
+    "r2vpo_white": Method(R2VPO, "r2vpo", without=("noise_exponent",), own=COMPILED),
+    "r2vpo_joint": Method(R2VPO, "r2vpo", without=("noise_exponent", *SCALED), own={**JOINT, **COMPILED}),
     # Between the two: the critic apart, one learning rate for both
-    "r2vpo_critic": Method(R2VPO, "r2vpo", without=("std_scaled_learning_rate",), own=COMPILED),
+    "r2vpo_critic": Method(R2VPO, "r2vpo", without=("noise_exponent", "std_scaled_learning_rate"), own=COMPILED),
     # PPO with the same: what of it is the critic's and the rate's, and what the objective's
     "ppo_annealed_scaled": Method(PPO, without=(), own={**ANNEALED, **SCALED, **COMPILED}),
-    # Colored noise, for R2VPO and annealed PPO alike
-    "r2vpo_colored": Method(R2VPO, "r2vpo", without=(), own={**COLORED, **COMPILED}),
-    "ppo_annealed_colored": Method(PPO, without=(), own={**ANNEALED, **COLORED, **COMPILED}),
-    "r2vpo_auto_noise": Method(R2VPO, "r2vpo", without=(), own={**AUTO_NOISE, **COMPILED}),
-    "ppo_annealed_auto_noise": Method(PPO, without=(), own={**ANNEALED, **AUTO_NOISE, **COMPILED}),
+    # By a schedule, in place of the critic
+    "r2vpo_colored": Method(R2VPO, "r2vpo", without=(), own={"noise_exponent": "lin_0.5", **COMPILED}),
+    # PPO with R2VPO's noise
+    "ppo_annealed_noise": Method(PPO, without=(), own={**ANNEALED, "noise_exponent": "auto", **COMPILED}),
     # What R2VPO's settings have besides its objective
     "ppo_recompute": Method(PPO, without=(), own={"recompute_advantages": True}),
     # As in the paper, but for the coefficient

@@ -46,7 +46,7 @@ def unexplained_variance(rewards: np.ndarray, td_errors: np.ndarray, dones: np.n
     return float(unexplained / total) if unexplained < total else 1.0
 
 
-def exponent_of(unexplained: float) -> float:
+def auto_exponent(unexplained: float) -> float:
     """
     The exponent that ``noise_exponent="auto"`` stands for: from 1, pink noise, to half of what the critic leaves unexplained.
 

@@ -41,7 +41,7 @@ from sb3_r2vpo.optim import (
 from sb3_r2vpo.r2vpo.acting import acting
 from sb3_r2vpo.r2vpo.critic import critic_parameters
 from sb3_r2vpo.r2vpo.evaluation import acts_as_usual, evaluate_actions, is_gaussian
-from sb3_r2vpo.r2vpo.noise import colored_noise, exponent_of, unexplained_variance
+from sb3_r2vpo.r2vpo.noise import auto_exponent, colored_noise, unexplained_variance
 from sb3_r2vpo.r2vpo.plain_mlp import PlainMlp, is_plain_mlp
 from sb3_r2vpo.r2vpo.policies import CnnPolicy, MlpPolicy, MultiInputPolicy
 from sb3_r2vpo.r2vpo.statistics import PPO_CLIP_RANGE, gradient_norms, summarize_ratios
@@ -113,7 +113,8 @@ class R2VPO(OnPolicyAlgorithm):
         alike the larger it is, while the noise of each step is what its probability says
         (https://arxiv.org/abs/2312.11091 advises 0.5 for PPO). 0 (default) is white noise, as in SB3; 1 is pink. "auto" is
         for rewards that are rare, which noise that lasts finds: pink as long as the critic foresees nothing of them, white
-        once it foresees all, see :func:`~sb3_r2vpo.r2vpo.noise.exponent_of`.
+        once it foresees all, see :func:`~sb3_r2vpo.r2vpo.noise.auto_exponent`; for rollouts of a hundred steps or more, as
+        shorter ones say little of what is foreseen, and have no room for noise that lasts.
     :param objective: The policy objective: "r2vpo"; "r2vpo_sequence", which takes the ratio of a language model's whole
         response; or a baseline to compare with in the same loop: "ppo_clip", "clip_higher", "gppo", "topr", "topr_token",
         "exact_kl", "spo" (see ``sb3_r2vpo.objectives``), which have no use for the multiplier.
@@ -470,7 +471,7 @@ class R2VPO(OnPolicyAlgorithm):
     def _exploration_noise(self, n_envs: int, n_steps: int) -> Callable[[], th.Tensor]:
         """:return: What gives the noise of each step of a rollout, of shape ``(n_envs, n_actions)``"""
         if self.noise_exponent == "auto":
-            exponent = exponent_of(self._unexplained_variance)
+            exponent = auto_exponent(self._unexplained_variance)
         else:
             exponent = FloatSchedule(self.noise_exponent)(self._current_progress_remaining)  # type: ignore[arg-type]
         self.logger.record("rollout/noise_exponent", exponent)
