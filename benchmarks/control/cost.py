@@ -34,7 +34,7 @@ N_TIMESTEPS = 4 * 4096
 
 
 def make_arms() -> dict[str, OnPolicyAlgorithm]:
-    settings = {name: METHODS[name].settings(TASK) for name in ("ppo", "r2vpo", "r2vpo_joint", "r2vpo_off")}
+    settings = {name: METHODS[name].settings(TASK) for name in ("ppo", "r2vpo", "r2vpo_white", "r2vpo_joint", "r2vpo_off")}
     ours, as_ours = in_our_loop(METHODS["ppo"].algorithm, settings["ppo"])
     arms = {
         "PPO, SB3's class": (METHODS["ppo"].algorithm, settings["ppo"]),
@@ -42,6 +42,7 @@ def make_arms() -> dict[str, OnPolicyAlgorithm]:
         "PPO, our loop, compiled": (ours, {**as_ours, **COMPILED}),
         "R2VPO": (METHODS["r2vpo"].algorithm, {**settings["r2vpo"], "compile": False}),
         "R2VPO, compiled": (METHODS["r2vpo"].algorithm, settings["r2vpo"]),
+        "R2VPO, white noise, compiled": (METHODS["r2vpo_white"].algorithm, settings["r2vpo_white"]),
         "R2VPO, critic with the policy, compiled": (METHODS["r2vpo_joint"].algorithm, settings["r2vpo_joint"]),
         "R2VPOOff, compiled": (METHODS["r2vpo_off"].algorithm, settings["r2vpo_off"]),
     }
