@@ -53,6 +53,17 @@ SelfR2VPO = TypeVar("SelfR2VPO", bound="R2VPO")
 EVALUATION_BATCH_SIZE = 2048
 
 
+def is_auto_or(value: float | Schedule | str, accepts: Callable[[float], bool]) -> bool:
+    """
+    :param value: Of an argument that adapts itself with "auto"
+    :param accepts: Whether it may be this number
+    :return: Whether it is "auto", a schedule, which is not looked into, or a number that is accepted
+    """
+    if isinstance(value, str):
+        return value == "auto"
+    return not isinstance(value, Real) or accepts(float(value))
+
+
 class R2VPO(OnPolicyAlgorithm):
     """
     Ratio-Variance Regularized Policy Optimization (R2VPO), on-policy.
@@ -363,22 +374,14 @@ class R2VPO(OnPolicyAlgorithm):
                 f"{type(self).__name__}. To go on from its weights, create a new model and copy them: "
                 f"`{type(self).__name__}(...).policy.load_state_dict(PPO.load(path).policy.state_dict())`."
             )
-        if isinstance(self.target_variance, str):
-            refused = self.target_variance != "auto"
-        else:
-            refused = isinstance(self.target_variance, Real) and not 0 < float(self.target_variance) < math.inf
-        if refused:
+        if not is_auto_or(self.target_variance, lambda value: 0 < value < math.inf):
             raise ValueError(
                 f"`target_variance` is {self.target_variance!r}; it must be positive and finite, such as 0.02, a schedule, or "
                 "'auto'."
             )
         if not (math.isfinite(self.dual_learning_rate) and self.dual_learning_rate >= 0):
             raise ValueError(f"`dual_learning_rate` is {self.dual_learning_rate}; it must be finite and not negative.")
-        if isinstance(self.noise_exponent, str):
-            refused = self.noise_exponent != "auto"
-        else:
-            refused = isinstance(self.noise_exponent, Real) and not 0 <= float(self.noise_exponent) < math.inf
-        if refused:
+        if not is_auto_or(self.noise_exponent, lambda value: 0 <= value < math.inf):
             raise ValueError(
                 f"`noise_exponent` is {self.noise_exponent!r}; it must be finite and not negative, such as 0.5, a schedule, "
                 "or 'auto'."
