@@ -107,8 +107,9 @@ def test_a_method_has_one_setting_for_the_ten_tasks_and_other_networks_for_hard_
     assert all(settings == first for settings in others)
     for task in experiment.HARD_TASKS:
         networks = {"policy": "sb3_r2vpo.r2vpo.LayerNormMlpPolicy", "policy_kwargs": {"net_arch": [256, 256]}}
-        # R2VPO's critic has not been run on them
-        others = experiment.METHODS["r2vpo_joint"].settings(experiment.TASKS[0]) if method.shipped == "r2vpo" else first
+        # R2VPO's and R2VPOOff's critic has not been run on them
+        before = {"r2vpo": "r2vpo_joint", "r2vpo_off": "r2vpo_off_short"}
+        others = experiment.METHODS[before.get(method.shipped, name)].settings(experiment.TASKS[0])
         assert method.settings(task) == {**others, **method.own, **networks}
 
 
@@ -194,7 +195,11 @@ def test_report_writes_tables_and_figures(tmp_path, monkeypatch):
         ]
         runs += [("spo", 0, 0.9)]
         # Apart enough for intervals to depend on the bootstrap's draws
-        runs += [("r2vpo_off", seed, (len(task) + 7 * seed) % 10 / 10) for seed in range(4)]
+        runs += [
+            (method, seed, (len(task) + 7 * seed) % 10 / 10)
+            for method in ("r2vpo_off", "r2vpo_off_short")
+            for seed in range(4)
+        ]
         for method, seed, final in runs:
             benchmark.append_rows(tmp_path / "results" / "evaluations.csv", rows_of(method, task, seed, final))
         for seed in range(2):
@@ -220,7 +225,7 @@ def test_report_writes_tables_and_figures(tmp_path, monkeypatch):
     assert text.count("| R2VPO |" + " **750 ± 0** |" * len(experiment.TASKS)) == 1
     assert text.count("| IQM (95% interval) | 0.250 (0.250 to 0.250) | 0.350 (0.350 to 0.350) | ") == 1
     assert text.count(" | 0.800 (0.800 to 0.800) | 0.750 (0.750 to 0.750) |") == 1
-    # Of R2VPOOff's 40 scores, one for each task and seed, 26 are beyond 0.25 and 22 beyond 0.35
+    # Of the 40 scores with short rollouts, one for each task and seed, 26 are beyond 0.25 and 22 beyond 0.35
     assert re.search(
         r"\| P\(better as it is\) \| 0\.65 \([^|]+\) \| 0\.55 \([^|]+\) \|  \| 0\.00 \(0\.00 to 0\.00\) \|  \|", text
     )
@@ -237,23 +242,23 @@ def test_hard_tasks_are_reported_apart():
 
 
 def test_either_policy_is_compared_on_the_seeds_that_have_both():
-    rows = [row for seed in (0, 1, 2) for row in rows_of("r2vpo_off", "walker-run", seed, 0.1 * (seed + 1))]
-    rows += [row for seed in (1, 2, 3) for row in rows_of("r2vpo_off_censored", "walker-run", seed, 0.1 * (seed + 3))]
+    rows = [row for seed in (0, 1, 2) for row in rows_of("r2vpo_off_short", "walker-run", seed, 0.1 * (seed + 1))]
+    rows += [row for seed in (1, 2, 3) for row in rows_of("r2vpo_off_short_censored", "walker-run", seed, 0.1 * (seed + 3))]
     columns = {"`MlpPolicy`": "", "`CensoredMlpPolicy`": "_censored"}
-    expected = ["walker-run", "R2VPOOff", "1, 2", "250 (200, 300)", "450 (400, 500)"]
+    expected = ["walker-run", "R2VPOOff, short rollouts", "1, 2", "250 (200, 300)", "450 (400, 500)"]
     rows = [{**row, "seed": str(row["seed"])} for row in rows]
     assert report.policies_table(rows, columns)[1:] == [expected]
     # With all tasks, the IQM of the seeds that all of them have
     rows += [
         {**row, "seed": "2"}
         for task in report.TASKS
-        for method, score in (("r2vpo_off", 0.1), ("r2vpo_off_censored", 0.2))
+        for method, score in (("r2vpo_off_short", 0.1), ("r2vpo_off_short_censored", 0.2))
         for row in rows_of(method, task, 2, score)
         if task != "walker-run"
     ]
     table = report.policies_table(rows, columns)
     assert table[0] == ["task", "method", "seeds", "`MlpPolicy`", "`CensoredMlpPolicy`"]
-    assert table[-1] == ["IQM", "R2VPOOff", "2", "0.100", "0.200"]
+    assert table[-1] == ["IQM", "R2VPOOff, short rollouts", "2", "0.100", "0.200"]
 
 
 def test_every_value_of_a_coefficient_takes_the_place_of_the_methods_own():

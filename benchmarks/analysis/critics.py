@@ -36,7 +36,7 @@ from sb3_r2vpo import R2VPOOff  # noqa: E402
 from sb3_r2vpo.rollout_replay import StoredRollout  # noqa: E402
 
 TASKS, SEED = ("cheetah-run", "walker-run"), 401
-NETWORKS = {"r2vpo_off": "two layers of tanh", "r2vpo_off_layer_norm": "`LayerNormMlpPolicy`"}
+NETWORKS = {"r2vpo_off_short": "two layers of tanh", "r2vpo_off_short_layer_norm": "`LayerNormMlpPolicy`"}
 STOP = 300_000
 #: Steps that critics are fitted to, and passes over them; the last one is the reference, with the lambda of training
 FITTED = {65_536: 24, 524_288: 12}

@@ -35,7 +35,7 @@ from experiment import (  # noqa: E402
 from sb3_r2vpo.envs import EnvPoolVecEnv  # noqa: E402
 
 TASK, N_TIMESTEPS = "cartpole-swingup", 1_000_000
-METHOD_NAMES, GAE_LAMBDAS, SEED = ("r2vpo_joint", "r2vpo_off"), (0.95, 0.98), 2
+METHOD_NAMES, GAE_LAMBDAS, SEED = ("r2vpo_joint", "r2vpo_off_short"), (0.95, 0.98), 2
 
 
 class CartPositions(VecEnvWrapper):

@@ -93,7 +93,7 @@ class Recorder(BaseCallback):
 
 
 def arms() -> dict[str, tuple[type[OnPolicyAlgorithm], Settings]]:
-    methods = {"PPO": METHODS["ppo"], "R2VPO": METHODS["r2vpo_joint"], "R2VPOOff": METHODS["r2vpo_off"]}
+    methods = {"PPO": METHODS["ppo"], "R2VPO": METHODS["r2vpo_joint"], "R2VPOOff": METHODS["r2vpo_off_short"]}
     return {name: in_our_loop(method.algorithm, method.settings(TASK)) for name, method in methods.items()}
 
 

@@ -38,10 +38,10 @@ MAPS: dict[str, tuple[str, dict[str, tuple[float, ...]]]] = {
     ),
     "R2VPO, fixed": ("r2vpo_joint", {"var_coef": (0.1, 0.3, 1.0, 3.0), "n_epochs": (5, 10)}),
     "R2VPOOff, tolerance": (
-        "r2vpo_off",
+        "r2vpo_off_short",
         {"target_variance": (0.006, 0.025, 0.1), "replay_capacity": (1, 4, 8)},
     ),
-    "R2VPOOff, updates": ("r2vpo_off", {"utd_ratio": (0.5, 1, 2), "replay_capacity": (1, 4)}),
+    "R2VPOOff, updates": ("r2vpo_off_short", {"utd_ratio": (0.5, 1, 2), "replay_capacity": (1, 4)}),
 }
 
 

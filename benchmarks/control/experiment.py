@@ -82,7 +82,9 @@ LAYER_NORM = {
 SCALED = {"critic_capacity": 2, "critic_gae_lambda": 0.99, "gae_lambda": 0.7, "std_scaled_learning_rate": True}
 # What R2VPO had before
 JOINT = {"gae_lambda": 0.95, "ent_coef": 0.01, "compensate_entropy": False, "recompute_advantages": True}
-#: Other policies than the comparison's, for annealed PPO and R2VPOOff alike, by what the names of both end with
+# What R2VPOOff had before: four rollouts of a quarter of the length, white noise, and a critic that learns with the policy
+SHORT = {"n_steps": 32, "replay_capacity": 4, "gae_lambda": 0.95}
+#: Other policies than the comparison's, for annealed PPO and R2VPOOff as it was alike, by what the names of both end with
 POLICIES: dict[str, Settings] = {
     # The probabilities of the actions that the environment gets; so far on walker-run and cheetah-run only
     "censored": {"policy": "sb3_r2vpo.r2vpo.CensoredMlpPolicy"},
@@ -102,17 +104,18 @@ METHODS: dict[str, Method] = {
 #: Those with five seeds
 MAIN_METHODS = tuple(METHODS)
 METHODS |= {
+    "r2vpo_off_short": Method(R2VPOOff, "r2vpo_off", without=("noise_exponent", *SCALED), own={**SHORT, **COMPILED}),
+}
+METHODS |= {
     f"{name}_{policy}": replace(METHODS[name], own={**METHODS[name].own, **own, **COMPILED})
     for policy, own in POLICIES.items()
-    for name in ("ppo_annealed", "r2vpo_off")
+    for name in ("ppo_annealed", "r2vpo_off_short")
 }
 METHODS |= {
     # A critic that learns apart, step 17 of TUNING.md
-    "r2vpo_off_critic": Method(
-        R2VPOOff,
-        "r2vpo_off",
-        without=(),
-        own={"critic_capacity": 8, "critic_gae_lambda": 0.95, "gae_lambda": 0.7, **COMPILED},
+    "r2vpo_off_short_critic": replace(
+        METHODS["r2vpo_off_short"],
+        own={**SHORT, "critic_capacity": 8, "critic_gae_lambda": 0.95, "gae_lambda": 0.7, **COMPILED},
     ),
     # R2VPO's settings before: white noise; a critic that learns with the policy
     "r2vpo_white": Method(R2VPO, "r2vpo", without=("noise_exponent",), own=COMPILED),

@@ -33,11 +33,12 @@ LABELS = {
     "ppo_annealed": "PPO, annealed entropy bonus",
     "r2vpo": "R2VPO",
     "r2vpo_off": "R2VPOOff",
-    "uncompensated": "R2VPOOff, entropy not compensated",
-    "constant": "R2VPOOff, constant entropy bonus",
+    "uncompensated": "R2VPOOff, short rollouts, entropy not compensated",
+    "constant": "R2VPOOff, short rollouts, constant entropy bonus",
     "annealed": "R2VPO, critic with the policy, entropy compensated and annealed, advantages not recomputed",
     "r2vpo_fixed": "R2VPO, fixed λ",
-    "r2vpo_off_critic": "R2VPOOff, critic apart",
+    "r2vpo_off_short": "R2VPOOff, short rollouts",
+    "r2vpo_off_short_critic": "R2VPOOff, short rollouts, critic apart",
     "r2vpo_joint": "R2VPO, critic with the policy",
     "r2vpo_critic": "R2VPO, rate not scaled",
     "ppo_annealed_scaled": "PPO, annealed entropy bonus, R2VPO's critic and rate",
@@ -58,13 +59,13 @@ POLICY_LABELS = {
 LABELS |= {
     f"{method}_{policy}": f"{LABELS[method]}, {label}"
     for policy, label in POLICY_LABELS.items()
-    for method in ("ppo_annealed", "r2vpo_off")
+    for method in ("ppo_annealed", "r2vpo_off_short")
 }
 
 #: Rows with other settings: those that R2VPOOff had before, and what was tried for R2VPO
 VARIANTS = {
-    "uncompensated": ("r2vpo_off", "without_compensation.csv"),
-    "constant": ("r2vpo_off", "constant_entropy.csv"),
+    "uncompensated": ("r2vpo_off_short", "without_compensation.csv"),
+    "constant": ("r2vpo_off_short", "constant_entropy.csv"),
     "annealed": ("r2vpo_joint", "annealed_r2vpo.csv"),
 }
 
@@ -76,8 +77,11 @@ PAIRS = (
     ("r2vpo_off", "ppo_annealed"),
     ("r2vpo_off", "r2vpo"),
     ("ppo_annealed", "ppo"),
-    ("r2vpo_off_critic", "ppo"),
-    ("r2vpo_off_critic", "r2vpo_off"),
+    ("r2vpo_off", "r2vpo_off_short"),
+    ("r2vpo_off_short", "ppo"),
+    ("r2vpo_off_short", "ppo_annealed"),
+    ("r2vpo_off_short_critic", "ppo"),
+    ("r2vpo_off_short_critic", "r2vpo_off_short"),
     ("r2vpo", "r2vpo_white"),
     ("r2vpo", "r2vpo_colored"),
     ("r2vpo", "ppo_annealed_noise"),
@@ -91,7 +95,7 @@ PAIRS = (
     ("r2vpo_colored", "r2vpo_white"),
     ("r2vpo_joint", "ppo"),
     ("ppo_annealed_scaled", "ppo_annealed"),
-    ("r2vpo_off_layer_norm", "ppo_annealed_layer_norm"),
+    ("r2vpo_off_short_layer_norm", "ppo_annealed_layer_norm"),
 )
 
 #: Score of each evaluation of each run: an array of shape (seeds, tasks, evaluations) for each method
@@ -224,7 +228,7 @@ def transposed(table: list[list[str]]) -> list[list[str]]:
 def variants_table(scores: Scores) -> list[list[str]]:
     """R2VPOOff, and R2VPO as it was, with other settings, and how probably they are better as they are."""
     variants: Scores = {}
-    for method in ("r2vpo_off", "r2vpo_joint"):
+    for method in ("r2vpo_off_short", "r2vpo_joint"):
         files = {name: file for name, (of, file) in VARIANTS.items() if of == method}
         variants |= {name: complete_scores(read_evaluations(file))[method] for name, file in files.items()}
         variants[method] = scores[method]
@@ -276,14 +280,14 @@ def policies_table(rows: list[dict[str, str]], columns: dict[str, str]) -> list[
     for row in rows:
         final[row["task"], row["method"]][row["seed"]] = float(row["mean_return"])
     table = [["task", "method", "seeds", *columns]]
-    for task, method in product(TASKS, MAIN_METHODS):
+    for task, method in product(TASKS, METHODS):
         runs = [final[task, method + suffix] for suffix in columns.values()]
         seeds = sorted(set.intersection(*map(set, runs)))
         if seeds:
             returns = (np.array([of[seed] for seed in seeds]) for of in runs)
             cells = [f"{values.mean():.0f} ({', '.join(f'{value:.0f}' for value in values)})" for values in returns]
             table.append([task, LABELS[method], ", ".join(seeds), *cells])
-    for method in MAIN_METHODS:
+    for method in METHODS:
         names = [method + suffix for suffix in columns.values()]
         seeds = sorted(set.intersection(*(set(final[task, name]) for task, name in product(TASKS, names))))
         if seeds:
