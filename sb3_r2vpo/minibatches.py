@@ -85,7 +85,7 @@ def _gather(rollouts: Sequence[RolloutBufferSamples], lengths: list[int], indice
     device = rollouts[0].old_log_prob.device
     if len(rollouts) == 1:
         steps = th.as_tensor(indices, device=device)
-        return type(rollouts[0])(*(map_field(lambda tensor: tensor[steps], field) for field in rollouts[0]))
+        return type(rollouts[0])(*(map_field(lambda tensor: tensor.index_select(0, steps), field) for field in rollouts[0]))
     # For each rollout: which of its steps, and where they go
     moves = []
     for end, length in zip(np.cumsum(lengths), lengths, strict=True):
@@ -95,7 +95,7 @@ def _gather(rollouts: Sequence[RolloutBufferSamples], lengths: list[int], indice
     def gather(*tensors: th.Tensor) -> th.Tensor:
         gathered = tensors[0].new_empty((len(indices), *tensors[0].shape[1:]))
         for tensor, (steps, targets) in zip(tensors, moves, strict=True):
-            gathered[targets] = tensor[steps]
+            gathered.index_copy_(0, targets, tensor.index_select(0, steps))
         return gathered
 
     return type(rollouts[0])(*(map_field(gather, *fields) for fields in zip(*rollouts, strict=True)))

@@ -117,6 +117,8 @@ METHODS |= {
         METHODS["r2vpo_off_short"],
         own={**SHORT, "critic_capacity": 8, "critic_gae_lambda": 0.95, "gae_lambda": 0.7, **COMPILED},
     ),
+    # R2VPO with three quarters of the critic's steps
+    "r2vpo_fewer_steps": Method(R2VPO, "r2vpo", without=(), own={"critic_epochs": 15, **COMPILED}),
     # R2VPO's settings before: white noise; a critic that learns with the policy
     "r2vpo_white": Method(R2VPO, "r2vpo", without=("noise_exponent",), own=COMPILED),
     "r2vpo_joint": Method(R2VPO, "r2vpo", without=("noise_exponent", *SCALED), own={**JOINT, **COMPILED}),

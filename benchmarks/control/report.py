@@ -42,6 +42,7 @@ LABELS = {
     "r2vpo_joint": "R2VPO, critic with the policy",
     "r2vpo_critic": "R2VPO, rate not scaled",
     "ppo_annealed_scaled": "PPO, annealed entropy bonus, R2VPO's critic and rate",
+    "r2vpo_fewer_steps": "R2VPO, fewer steps of the critic",
     "r2vpo_white": "R2VPO, white noise",
     "r2vpo_colored": "R2VPO, noise colored by a schedule",
     "ppo_annealed_noise": "PPO, annealed entropy bonus, R2VPO's noise",

@@ -696,7 +696,9 @@ class R2VPO(OnPolicyAlgorithm):
         rollouts = self.replay_buffer.newest(self.critic_capacity)
         following = None
         for stored in reversed(rollouts):
-            self._update_advantages(stored, following=following, gae_lambda=self.critic_gae_lambda)
+            # The newest rollout was collected with the critic as it is
+            values = stored.tensors().old_values if following is None else None
+            self._update_advantages(stored, values, following, self.critic_gae_lambda)
             following = stored
         self.policy.set_training_mode(True)
         losses, grad_norms = [], []
