@@ -34,10 +34,9 @@ class R2VPOOff(R2VPO):
     :param policy: see :class:`R2VPO`, as all that is not listed here
     :param env: see :class:`R2VPO`
     :param n_steps: The number of steps to run for each environment per update; 1024, so that the replay's two rollouts are
-        the 2048 steps that :class:`R2VPO` and SB3's PPO update on. Short rollouts renew the policy often, which is what
-        replay gains from on DM Control (``benchmarks/control``).
-    :param replay_capacity: Number of rollouts to keep, first in, first out. More is for rollouts that are shorter still: four
-        of 32 steps in ``hyperparams/``, four in the paper's language-model experiments.
+        the 2048 steps that :class:`R2VPO` and SB3's PPO update on: shorter ones renew the policy more often.
+    :param replay_capacity: Number of rollouts to keep, first in, first out: two here and in ``hyperparams/``, four in the
+        paper's language-model experiments. More is for rollouts that are shorter (``benchmarks/control``).
     :param utd_ratio: Update-to-data ratio: passes over one rollout's worth of steps are ``utd_ratio * n_epochs`` (rounded, at
         least one); 2 as in the paper's language-model experiments. With 1 there are as many gradient steps for each collected
         step as on-policy.
@@ -45,8 +44,8 @@ class R2VPOOff(R2VPO):
         current critic before each update. GAE then goes on from each rollout into the one that followed it. Behaviour
         log-probabilities are never touched.
     :param critic_capacity: see :class:`R2VPO`; ``recompute_advantages=True`` goes with it, and the rollouts are kept once, for
-        the critic and the policy. Eight rollouts of 32 steps, with ``gae_lambda=0.7`` and ``critic_gae_lambda=0.95``, are
-        level with ``None`` over ten tasks of DM Control (``benchmarks/control``, three seeds).
+        the critic and the policy. Two rollouts for both, with :class:`R2VPO`'s other settings, are ahead
+        of ``None`` and four short rollouts over ten tasks of DM Control (``benchmarks/control``, five seeds).
     :raises ValueError: ``replay_capacity`` is not a whole number of at least 1, ``utd_ratio`` is not positive and finite, or
         ``critic_capacity`` comes with ``recompute_advantages=False``.
     """
