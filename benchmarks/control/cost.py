@@ -29,12 +29,13 @@ sys.path.insert(0, str(HERE.parent / "speed"))
 from benchmark import interleave, load  # noqa: E402
 
 TASK = "cheetah-run"
-#: Four rollouts of PPO and R2VPO, sixteen of R2VPOOff
+#: Four rollouts of each
 N_TIMESTEPS = 4 * 4096
 
 
 def make_arms() -> dict[str, OnPolicyAlgorithm]:
-    settings = {name: METHODS[name].settings(TASK) for name in ("ppo", "r2vpo", "r2vpo_white", "r2vpo_joint", "r2vpo_off")}
+    names = ("ppo", "r2vpo", "r2vpo_twenty_epochs", "r2vpo_white", "r2vpo_joint", "r2vpo_off")
+    settings = {name: METHODS[name].settings(TASK) for name in names}
     ours, as_ours = in_our_loop(METHODS["ppo"].algorithm, settings["ppo"])
     arms = {
         "PPO, SB3's class": (METHODS["ppo"].algorithm, settings["ppo"]),
@@ -42,7 +43,11 @@ def make_arms() -> dict[str, OnPolicyAlgorithm]:
         "PPO, our loop, compiled": (ours, {**as_ours, **COMPILED}),
         "R2VPO": (METHODS["r2vpo"].algorithm, {**settings["r2vpo"], "compile": False}),
         "R2VPO, compiled": (METHODS["r2vpo"].algorithm, settings["r2vpo"]),
-        "R2VPO, white noise, compiled": (METHODS["r2vpo_white"].algorithm, settings["r2vpo_white"]),
+        "R2VPO, 20 epochs of the critic, compiled": (
+            METHODS["r2vpo_twenty_epochs"].algorithm,
+            settings["r2vpo_twenty_epochs"],
+        ),
+        "R2VPO, 20 epochs, white noise, compiled": (METHODS["r2vpo_white"].algorithm, settings["r2vpo_white"]),
         "R2VPO, critic with the policy, compiled": (METHODS["r2vpo_joint"].algorithm, settings["r2vpo_joint"]),
         "R2VPOOff, compiled": (METHODS["r2vpo_off"].algorithm, settings["r2vpo_off"]),
     }

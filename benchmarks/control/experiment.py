@@ -117,17 +117,18 @@ METHODS |= {
         METHODS["r2vpo_off_short"],
         own={**SHORT, "critic_capacity": 8, "critic_gae_lambda": 0.95, "gae_lambda": 0.7, **COMPILED},
     ),
-    # R2VPO with three quarters of the critic's steps
-    "r2vpo_fewer_steps": Method(R2VPO, "r2vpo", without=(), own={"critic_epochs": 15, **COMPILED}),
-    # R2VPO's settings before: white noise; a critic that learns with the policy
-    "r2vpo_white": Method(R2VPO, "r2vpo", without=("noise_exponent",), own=COMPILED),
-    "r2vpo_joint": Method(R2VPO, "r2vpo", without=("noise_exponent", *SCALED), own={**JOINT, **COMPILED}),
+    # R2VPO's settings before: more steps of the critic; white noise; a critic that learns with the policy
+    "r2vpo_twenty_epochs": Method(R2VPO, "r2vpo", without=("critic_epochs",), own=COMPILED),
+    "r2vpo_white": Method(R2VPO, "r2vpo", without=("critic_epochs", "noise_exponent"), own=COMPILED),
+    "r2vpo_joint": Method(R2VPO, "r2vpo", without=("critic_epochs", "noise_exponent", *SCALED), own={**JOINT, **COMPILED}),
     # Between the two: the critic apart, one learning rate for both
-    "r2vpo_critic": Method(R2VPO, "r2vpo", without=("noise_exponent", "std_scaled_learning_rate"), own=COMPILED),
+    "r2vpo_critic": Method(
+        R2VPO, "r2vpo", without=("critic_epochs", "noise_exponent", "std_scaled_learning_rate"), own=COMPILED
+    ),
     # PPO with the same: what of it is the critic's and the rate's, and what the objective's
     "ppo_annealed_scaled": Method(PPO, without=(), own={**ANNEALED, **SCALED, **COMPILED}),
     # By a schedule, in place of the critic
-    "r2vpo_colored": Method(R2VPO, "r2vpo", without=(), own={"noise_exponent": "lin_0.5", **COMPILED}),
+    "r2vpo_colored": Method(R2VPO, "r2vpo", without=("critic_epochs",), own={"noise_exponent": "lin_0.5", **COMPILED}),
     # PPO with R2VPO's noise
     "ppo_annealed_noise": Method(PPO, without=(), own={**ANNEALED, "noise_exponent": "auto", **COMPILED}),
     # What R2VPO's settings have besides its objective
