@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from functools import partial
+from itertools import pairwise
 from numbers import Real
 from typing import Any, ClassVar, TypeVar
 
@@ -694,12 +695,10 @@ class R2VPO(OnPolicyAlgorithm):
         assert self.critic_capacity is not None
         assert self.replay_buffer is not None
         rollouts = self.replay_buffer.newest(self.critic_capacity)
-        following = None
-        for stored in reversed(rollouts):
-            # The newest rollout was collected with the critic as it is
-            values = stored.tensors().old_values if following is None else None
-            self._update_advantages(stored, values, following, self.critic_gae_lambda)
-            following = stored
+        # The newest rollout was collected with the critic as it is
+        self._update_advantages(rollouts[-1], rollouts[-1].tensors().old_values, gae_lambda=self.critic_gae_lambda)
+        for following, stored in pairwise(reversed(rollouts)):
+            self._update_advantages(stored, following=following, gae_lambda=self.critic_gae_lambda)
         self.policy.set_training_mode(True)
         losses, grad_norms = [], []
         for minibatches in self.replay_buffer.passes(self.batch_size, self.critic_epochs, self.critic_capacity):
