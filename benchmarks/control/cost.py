@@ -13,6 +13,7 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 # Before NumPy and PyTorch are loaded
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -20,7 +21,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 import pandas as pd
 import torch as th
-from experiment import COMPILED, METHODS, in_our_loop, make_model, package_versions, processor
+from experiment import COMPILED, METHODS, Settings, in_our_loop, make_model, package_versions, processor
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from tqdm import tqdm
 
@@ -33,25 +34,24 @@ TASK = "cheetah-run"
 N_TIMESTEPS = 4 * 4096
 
 
+def arm(name: str, **settings: Any) -> tuple[type[OnPolicyAlgorithm], Settings]:
+    """A method's algorithm and its settings, with others in their place."""
+    return METHODS[name].algorithm, {**METHODS[name].settings(TASK), **settings}
+
+
 def make_arms() -> dict[str, OnPolicyAlgorithm]:
-    names = ("ppo", "r2vpo", "r2vpo_twenty_epochs", "r2vpo_white", "r2vpo_joint", "r2vpo_off")
-    settings = {name: METHODS[name].settings(TASK) for name in names}
-    ours, as_ours = in_our_loop(METHODS["ppo"].algorithm, settings["ppo"])
     arms = {
-        "PPO, SB3's class": (METHODS["ppo"].algorithm, settings["ppo"]),
-        "PPO, our loop": (ours, as_ours),
-        "PPO, our loop, compiled": (ours, {**as_ours, **COMPILED}),
-        "R2VPO": (METHODS["r2vpo"].algorithm, {**settings["r2vpo"], "compile": False}),
-        "R2VPO, compiled": (METHODS["r2vpo"].algorithm, settings["r2vpo"]),
-        "R2VPO, 20 epochs of the critic, compiled": (
-            METHODS["r2vpo_twenty_epochs"].algorithm,
-            settings["r2vpo_twenty_epochs"],
-        ),
-        "R2VPO, 20 epochs, white noise, compiled": (METHODS["r2vpo_white"].algorithm, settings["r2vpo_white"]),
-        "R2VPO, critic with the policy, compiled": (METHODS["r2vpo_joint"].algorithm, settings["r2vpo_joint"]),
-        "R2VPOOff, compiled": (METHODS["r2vpo_off"].algorithm, settings["r2vpo_off"]),
+        "PPO, SB3's class": arm("ppo"),
+        "PPO, our loop": in_our_loop(*arm("ppo")),
+        "PPO, our loop, compiled": in_our_loop(*arm("ppo", **COMPILED)),
+        "R2VPO": arm("r2vpo", compile=False),
+        "R2VPO, compiled": arm("r2vpo"),
+        "R2VPO, 20 epochs of the critic, compiled": arm("r2vpo_twenty_epochs"),
+        "R2VPO, 20 epochs, white noise, compiled": arm("r2vpo_white"),
+        "R2VPO, critic with the policy, compiled": arm("r2vpo_joint"),
+        "R2VPOOff, compiled": arm("r2vpo_off"),
     }
-    return {arm: make_model(*arguments, TASK, seed=0) for arm, arguments in arms.items()}
+    return {label: make_model(*arguments, TASK, seed=0) for label, arguments in arms.items()}
 
 
 def main() -> None:
