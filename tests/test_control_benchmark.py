@@ -1,15 +1,19 @@
 """The runner and the report of `benchmarks/control`: nothing runs twice, and the statistics are those of rows made by hand."""
 
 import inspect
+import json
 import re
 import sys
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
+import torch as th
 from stable_baselines3 import PPO
 
 from sb3_r2vpo import R2VPO
+from sb3_r2vpo.zoo.cli import main as command_line
 
 pytest.importorskip("envpool")
 pytest.importorskip("rliable")
@@ -66,6 +70,23 @@ def test_a_run_is_reproducible_and_evaluated_at_even_intervals():
     assert first == second
 
 
+@pytest.mark.parametrize("name", ["r2vpo", "r2vpo_off"])
+def test_the_command_line_trains_what_the_benchmark_trains(name, tmp_path, monkeypatch):
+    """Bit for bit, so that `r2vpo train` has the table's numbers, whatever its evaluations are."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", sys.argv)
+    monkeypatch.setattr(th, "set_num_threads", lambda num_threads: None)
+    method = experiment.METHODS[name]
+    model = experiment.make_model(method.algorithm, {**method.settings("cheetah-run"), "compile": False}, "cheetah-run", 3)
+    model.learn(3 * 4096)
+    run = ["train", "--algo", name, "--env", "dm_control/cheetah-run-v0", "--vec-env", "envpool", "--seed", "3"]
+    command_line([*run, "-n", str(3 * 4096), "--eval-freq", "4096", "--eval-episodes", "1"])
+    saved = method.algorithm.load(f"logs/{name}/dm_control-cheetah-run-v0_1/dm_control-cheetah-run-v0.zip")
+    assert model._n_updates == saved._n_updates > 0
+    for weights, saved_weights in zip(model.policy.parameters(), saved.policy.parameters(), strict=True):
+        assert th.equal(weights, saved_weights)
+
+
 def test_hard_tasks_are_run_with_their_networks(monkeypatch):
     monkeypatch.setattr(experiment, "N_EVALUATIONS", 1)
     monkeypatch.setattr(experiment, "N_EVAL_EPISODES", 1)
@@ -116,10 +137,23 @@ def test_a_method_has_one_setting_for_the_ten_tasks_and_other_networks_for_hard_
 def test_every_method_has_as_many_finalists_and_they_take_its_arguments():
     assert len({len(finalists) for finalists in benchmark.FINALISTS.values()}) == 1
     for name, finalists in benchmark.FINALISTS.items():
-        method = experiment.METHODS[name]
+        algorithm = benchmark.TUNED[name].algorithm
         for settings in finalists.values():
-            assert set(settings) <= {*inspect.signature(method.algorithm).parameters, "n_envs"}
+            assert set(settings) <= {*inspect.signature(algorithm).parameters, "n_envs"}
             assert "learning_rate" in experiment.split_schedules(settings)[0]
+
+
+def test_the_final_round_would_run_the_settings_of_its_rows(monkeypatch):
+    """Whatever the files in `hyperparams/` have become."""
+    monkeypatch.setattr(benchmark, "train", lambda algorithm, settings, *run: [{"settings": settings, "mean_return": 0}])
+    rows = pd.read_csv(benchmark.FINALS)
+    rows = rows[[name in benchmark.FINALISTS[method] for method, name in zip(rows.method, rows.finalist, strict=True)]]
+    assert set(rows.method) == set(benchmark.FINALISTS)
+    for run, recorded in zip(rows[list(benchmark.Final._fields)].itertuples(index=False), rows.settings, strict=True):
+        (row,) = benchmark.execute_final(benchmark.Final(*run))
+        # An argument that came later, with a value that leaves all as it was
+        row["settings"].pop("compensate_entropy", None)
+        assert row["settings"] == json.loads(recorded)
 
 
 def test_report_on_rows_made_by_hand(monkeypatch):

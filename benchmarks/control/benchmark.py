@@ -29,11 +29,25 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 import optuna
 import pandas as pd
-from experiment import COMPILED, HARD_TASKS, MAIN_METHODS, METHODS, TASKS, Row, Settings, in_our_loop, last_quarter, train
+from experiment import (
+    COMPILED,
+    HARD_TASKS,
+    MAIN_METHODS,
+    METHODS,
+    TASKS,
+    Method,
+    Row,
+    Settings,
+    in_our_loop,
+    last_quarter,
+    train,
+)
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 from tqdm import tqdm
+
+from sb3_r2vpo import R2VPO, R2VPOOff
 
 RESULTS = Path(__file__).parent / "results"
 EVALUATIONS, STUDIES, FINALS = RESULTS / "evaluations.csv", RESULTS / "studies.log", RESULTS / "finals.csv"
@@ -54,6 +68,13 @@ FINAL_TASKS = (
     "reacher-hard",
 )
 FINAL_SEED = 100
+
+#: What studies and the final round begin with: PPO's shipped settings, and nothing that was found after them
+TUNED = {
+    "ppo": METHODS["ppo"],
+    "r2vpo": Method(R2VPO, own={"compensate_entropy": False}),
+    "r2vpo_off": Method(R2VPOOff, own={"compensate_entropy": False, "utd_ratio": 2}),
+}
 
 #: The kind of a run: a named tuple of what tells it from others, columns of its CSV
 RunT = TypeVar("RunT", bound=NamedTuple)
@@ -257,7 +278,7 @@ FINALISTS: dict[str, dict[str, Settings]] = {
 
 def trial_score(trial: optuna.Trial, method_name: str, workers: int) -> float:
     """Mean return over the study's tasks and the last quarter of the evaluations."""
-    method = METHODS[method_name]
+    method = TUNED[method_name]
     tuned = {**SPACES[method_name](trial), **COMPILED}
     seed = STUDY_SEED + trial.number
     with fresh_processes(workers) as pool:
@@ -307,16 +328,16 @@ class Final(NamedTuple):
     finalist: str
 
 
-def tuning_rows(run: "Final | Coefficient", settings: Settings, n_timesteps: int) -> list[Row]:
+def tuning_rows(run: "Final | Coefficient", method: Method, settings: Settings, n_timesteps: int) -> list[Row]:
     """Train with settings in place of the method's own, and score the run by the last quarter of its evaluations."""
-    method = METHODS[run.method]
     arguments = in_our_loop(method.algorithm, {**method.settings(run.task), **settings})
     rows = train(*arguments, run.task, run.seed, n_timesteps)
     return [{**run._asdict(), **rows[-1], "mean_return": last_quarter(rows)}]
 
 
 def execute_final(final: Final) -> list[Row]:
-    return tuning_rows(final, {**FINALISTS[final.method][final.finalist], **COMPILED}, N_TIMESTEPS)
+    settings = {**FINALISTS[final.method][final.finalist], **COMPILED}
+    return tuning_rows(final, TUNED[final.method], settings, N_TIMESTEPS)
 
 
 def final(args: argparse.Namespace) -> None:
@@ -350,7 +371,7 @@ class Coefficient(NamedTuple):
 
 
 def execute_coefficient(run: Coefficient) -> list[Row]:
-    return tuning_rows(run, COEFFICIENTS[run.method][run.coefficient], STUDY_TIMESTEPS)
+    return tuning_rows(run, METHODS[run.method], COEFFICIENTS[run.method][run.coefficient], STUDY_TIMESTEPS)
 
 
 def coefficients(args: argparse.Namespace) -> None:
