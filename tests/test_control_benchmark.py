@@ -221,6 +221,10 @@ def test_report_writes_tables_and_figures(tmp_path, monkeypatch):
     (tmp_path / "results" / "cost.csv").write_text(
         "arm,wall_us_a_step,cpu_us_a_step,over_sb3_ppo_wall,over_sb3_ppo_cpu\nPPO,200.4,100,1,1\nR2VPO,100,90,0.5,0.9\n"
     )
+    # A run of twenty evaluations that ends at 700, 600 in the last quarter, where that of the comparison is at 750 and 675
+    returns = [*[0] * 15, 500, 600, 600, 600, 700]
+    runs = "".join(f'r2vpo,dm_control/walker-run-v0,1,"{{""compile"": true}}",{score}\n' for score in returns)
+    (tmp_path / "results" / "command_line.csv").write_text(f"algo,env,seed,hyperparams,mean_return\n{runs}")
     for task in experiment.TASKS:
         runs = [
             (method, seed, final)
@@ -255,6 +259,7 @@ def test_report_writes_tables_and_figures(tmp_path, monkeypatch):
     assert text.count("| R2VPOOff | pink noise | 475 | 475 |") == 1
     assert text.count("| R2VPOOff | 64 rollouts | 384 | 384 |") == 1
     assert text.count("| PPO | 200 | 100 | 1.00 | 1.00 |\n| R2VPO | 100 | 90 | 0.50 | 0.90 |") == 1
+    assert text.count("| R2VPO | walker-run | compile:True | 1 | 700 (700) | 750 (750) | 600 (600) | 675 (675) |") == 1
     assert text.count("| PPO |" + " 500 ± 0 |" * len(experiment.TASKS)) == 1
     assert text.count("| R2VPO |" + " **750 ± 0** |" * len(experiment.TASKS)) == 1
     assert text.count("| IQM (95% interval) | 0.250 (0.250 to 0.250) | 0.350 (0.350 to 0.350) | ") == 1

@@ -6,11 +6,12 @@ Collect the evaluations of runs of `r2vpo train --eval-freq ...` into one CSV fi
 
 import argparse
 import csv
+import json
 from pathlib import Path
 
 import numpy as np
 import yaml
-from experiment import package_versions
+from experiment import package_versions, processor
 
 
 def read_run(run: Path) -> list[dict[str, object]]:
@@ -25,11 +26,13 @@ def read_run(run: Path) -> list[dict[str, object]]:
             "algo": arguments["algo"],
             "env": str(arguments["env"]),
             "seed": arguments["seed"],
+            "hyperparams": json.dumps(arguments["hyperparams"] or {}),
             "timesteps": int(steps),
             "mean_return": round(float(episodes.mean()), 2),
             "std_return": round(float(episodes.std()), 2),
             "returns": " ".join(f"{episode:.1f}" for episode in episodes),
             "versions": package_versions(),
+            "processor": processor(),
         }
         for steps, episodes in zip(timesteps, returns, strict=True)
     ]

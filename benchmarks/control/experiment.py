@@ -112,6 +112,7 @@ METHODS |= {
     for name in ("ppo_annealed", "r2vpo_off_short")
 }
 METHODS |= {
+    "r2vpo_layer_norm": replace(METHODS["r2vpo"], own={**LAYER_NORM, **COMPILED}),
     # A critic that learns apart, step 17 of TUNING.md
     "r2vpo_off_short_critic": replace(
         METHODS["r2vpo_off_short"],
@@ -131,7 +132,11 @@ METHODS |= {
     "r2vpo_colored": Method(R2VPO, "r2vpo", without=("critic_epochs",), own={"noise_exponent": "lin_0.5", **COMPILED}),
     # PPO with R2VPO's noise
     "ppo_annealed_noise": Method(PPO, without=(), own={**ANNEALED, "noise_exponent": "auto", **COMPILED}),
-    # What R2VPO's settings have besides its objective
+    # With all that R2VPO's settings have besides its objective
+    "ppo_annealed_scaled_noise": Method(
+        PPO, without=(), own={**ANNEALED, **SCALED, "critic_epochs": 15, "noise_exponent": "auto", **COMPILED}
+    ),
+    # With what R2VPO's settings had besides it at first
     "ppo_recompute": Method(PPO, without=(), own={"recompute_advantages": True}),
     # As in the paper, but for the coefficient
     "r2vpo_fixed": Method(R2VPO, own={"var_coef": 0.3, "compensate_entropy": False, **COMPILED}),

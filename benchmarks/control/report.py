@@ -7,6 +7,7 @@ a task of the Control Suite can give.
 """
 
 import csv
+import json
 import sys
 from collections import defaultdict
 from itertools import product
@@ -46,6 +47,7 @@ LABELS = {
     "r2vpo_white": "R2VPO, white noise",
     "r2vpo_colored": "R2VPO, noise colored by a schedule",
     "ppo_annealed_noise": "PPO, annealed entropy bonus, R2VPO's noise",
+    "ppo_annealed_scaled_noise": "PPO, annealed entropy bonus, R2VPO's critic, rate and noise",
     "ppo_recompute": "PPO, advantages recomputed",
     "spo": "SPO",
     "exact_kl": "exact KL",
@@ -60,7 +62,7 @@ POLICY_LABELS = {
 LABELS |= {
     f"{method}_{policy}": f"{LABELS[method]}, {label}"
     for policy, label in POLICY_LABELS.items()
-    for method in ("ppo_annealed", "r2vpo_off_short")
+    for method in ("ppo_annealed", "r2vpo", "r2vpo_off_short")
 }
 
 #: Rows with other settings: those that R2VPOOff had before, and what was tried for R2VPO
@@ -79,6 +81,7 @@ PAIRS = (
     ("r2vpo_off", "r2vpo"),
     ("r2vpo_off", "r2vpo_twenty_epochs"),
     ("r2vpo", "r2vpo_twenty_epochs"),
+    ("r2vpo", "ppo_annealed_scaled_noise"),
     ("r2vpo_twenty_epochs", "ppo"),
     ("ppo_annealed", "ppo"),
     ("r2vpo_off", "r2vpo_off_short"),
@@ -99,6 +102,9 @@ PAIRS = (
     ("r2vpo_colored", "r2vpo_white"),
     ("r2vpo_joint", "ppo"),
     ("ppo_annealed_scaled", "ppo_annealed"),
+    ("ppo_annealed_scaled_noise", "ppo_annealed"),
+    ("r2vpo_layer_norm", "ppo_annealed_layer_norm"),
+    ("r2vpo_layer_norm", "r2vpo"),
     ("r2vpo_off_short_layer_norm", "ppo_annealed_layer_norm"),
 )
 
@@ -301,6 +307,27 @@ def policies_table(rows: list[dict[str, str]], columns: dict[str, str]) -> list[
     return table
 
 
+def command_line_table(rows: list[dict[str, str]]) -> list[list[str]]:
+    """Runs of `r2vpo train`, and those of the comparison with the same seeds: last evaluations, means of the last quarter."""
+
+    def ends(runs: pd.DataFrame, *by: str) -> pd.DataFrame:
+        returns = runs.groupby([*by], sort=False)["mean_return"]
+        return pd.DataFrame({"last": returns.last(), "quarter": returns.agg(lambda run: run[-N_EVALUATIONS // 4 :].mean())})
+
+    run = ["method", "task", "seed"]
+    by_hand = pd.read_csv(HERE / "results" / "command_line.csv").rename(columns={"algo": "method"})
+    by_hand["task"] = by_hand["env"].str.removeprefix("dm_control/").str.removesuffix("-v0")
+    compared = pd.DataFrame(rows)[[*run, "mean_return"]].astype({"seed": int, "mean_return": float})
+    both = ends(by_hand, "hyperparams", *run).join(ends(compared, *run), on=run, rsuffix="_compared").reset_index()
+    table = [["method", "task", "`--hyperparams`", "seeds", "last", "in the comparison", "last quarter", "in the comparison"]]
+    for (method, task, hyperparams), seeds in both.groupby(["method", "task", "hyperparams"], sort=False):
+        arguments = " ".join(f"{name}:{value}" for name, value in json.loads(hyperparams).items())
+        columns = (seeds[name] for name in ("last", "last_compared", "quarter", "quarter_compared"))
+        cells = [f"{of.mean():.0f} ({', '.join(f'{score:.0f}' for score in of)})" for of in columns]
+        table.append([LABELS[method], task, arguments, ", ".join(map(str, seeds["seed"])), *cells])
+    return table
+
+
 def cost_table() -> list[list[str]]:
     cost = pd.read_csv(HERE / "results" / "cost.csv")
     header = ["arm", "microseconds a step, wall", "CPU", "over SB3's PPO, wall", "CPU"]
@@ -398,6 +425,7 @@ def main() -> None:
             },
             "half rate": policies_table(rows, {"from 1e-3": "_layer_norm", "from 5e-4": "_layer_norm_half_rate"}),
             "cost": cost_table(),
+            "command line": command_line_table(rows),
         },
     )
     draw_tasks(scores)
