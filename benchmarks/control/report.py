@@ -279,6 +279,11 @@ def hard_table(rows: list[dict[str, str]]) -> list[list[str]]:
     return table
 
 
+def with_seeds(returns: np.ndarray | pd.Series) -> str:
+    """The mean of the seeds, and those."""
+    return f"{returns.mean():.0f} ({', '.join(f'{value:.0f}' for value in returns)})"
+
+
 def policies_table(rows: list[dict[str, str]], columns: dict[str, str]) -> list[list[str]]:
     """
     Final returns with one policy and with others, of the same seeds, on tasks that were run with all.
@@ -295,7 +300,7 @@ def policies_table(rows: list[dict[str, str]], columns: dict[str, str]) -> list[
         seeds = sorted(set.intersection(*map(set, runs)))
         if seeds:
             returns = (np.array([of[seed] for seed in seeds]) for of in runs)
-            cells = [f"{values.mean():.0f} ({', '.join(f'{value:.0f}' for value in values)})" for values in returns]
+            cells = [with_seeds(values) for values in returns]
             table.append([task, LABELS[method], ", ".join(seeds), *cells])
     for method in METHODS:
         names = [method + suffix for suffix in columns.values()]
@@ -323,7 +328,7 @@ def command_line_table(rows: list[dict[str, str]]) -> list[list[str]]:
     for (method, task, hyperparams), seeds in both.groupby(["method", "task", "hyperparams"], sort=False):
         arguments = " ".join(f"{name}:{value}" for name, value in json.loads(hyperparams).items())
         columns = (seeds[name] for name in ("last", "last_compared", "quarter", "quarter_compared"))
-        cells = [f"{of.mean():.0f} ({', '.join(f'{score:.0f}' for score in of)})" for of in columns]
+        cells = [with_seeds(returns) for returns in columns]
         table.append([LABELS[method], task, arguments, ", ".join(map(str, seeds["seed"])), *cells])
     return table
 
