@@ -97,11 +97,16 @@ def make_dm_control(
         does not.
     :param suite_kwargs: Further arguments of `dm_control.suite.load`, such as `task_kwargs` and `environment_kwargs`
     :return: Shimmy's environment, with spaces in float32
+    :raises ImportError: Shimmy or dm_control is not installed.
     """
-    if "shimmy" not in sys.modules:
-        _import_shimmy()
-    from dm_control import suite
-    from shimmy import DmControlCompatibilityV0
+    try:
+        if "shimmy" not in sys.modules:
+            _import_shimmy()
+        from dm_control import suite
+        from shimmy import DmControlCompatibilityV0
+    except ModuleNotFoundError as error:
+        # Any other error of theirs, such as one of OpenGL, is told as it is
+        raise ImportError(f"DM Control's tasks need {error.name}, an extra: pip install 'sb3-r2vpo[dm_control]'") from error
 
     if render_kwargs is None and render_mode != "multi_camera":
         render_kwargs = {"camera_id": 0, "height": 480, "width": 480}

@@ -104,8 +104,8 @@ class EnvPoolVecEnv(VecEnv):
             raise ValueError(f"`num_threads` must be at least 1, or None for EnvPool's choice, got {num_threads}.")
         try:
             import envpool
-        except ImportError as error:
-            raise ImportError("EnvPoolVecEnv needs EnvPool: `pip install sb3-r2vpo[envpool]`.") from error
+        except ModuleNotFoundError as error:
+            raise ImportError("EnvPoolVecEnv needs EnvPool, an extra: pip install 'sb3-r2vpo[envpool]'") from error
 
         domain, task = DM_CONTROL_IDS[env_id]
         envpool_id = "".join(part[0].upper() + part[1:] for part in f"{domain}_{task}".split("_")) + "-v1"

@@ -19,8 +19,9 @@ import gymnasium as gym
 
 try:
     import transformers as _transformers  # noqa: F401
-except ImportError as error:
-    raise ImportError("sb3_r2vpo.llm needs further packages: pip install sb3-r2vpo[llm]") from error
+except ModuleNotFoundError as error:
+    message = f"sb3_r2vpo.llm needs {error.name}, an extra: pip install 'sb3-r2vpo[llm]'"
+    raise ModuleNotFoundError(message, name=error.name) from error
 
 from sb3_r2vpo.llm.policy import CausalLMPolicy
 from sb3_r2vpo.llm.sampling import Sampling

@@ -12,7 +12,8 @@ import torch as th
 from stable_baselines3.common.callbacks import BaseCallback
 
 from sb3_r2vpo.llm.token_vec_env import TokenVecEnv
-from sb3_r2vpo.r2vpo import R2VPO, R2VPOOff
+from sb3_r2vpo.r2vpo import R2VPO
+from sb3_r2vpo.r2vpo_off import R2VPOOff
 
 AlgorithmT = TypeVar("AlgorithmT", bound=R2VPO)
 

@@ -34,7 +34,8 @@ from sb3_r2vpo.llm.policy import CausalLMPolicy
 from sb3_r2vpo.llm.task import Problem
 from sb3_r2vpo.llm.tasks import MathTask, ReasoningGymTask, RewardTask, TextTask
 from sb3_r2vpo.llm.token_vec_env import TokenVecEnv
-from sb3_r2vpo.r2vpo import R2VPO, R2VPOOff
+from sb3_r2vpo.r2vpo import R2VPO
+from sb3_r2vpo.r2vpo_off import R2VPOOff
 
 ALGORITHMS: dict[str, type[R2VPO]] = {"r2vpo": R2VPO, "r2vpo_off": R2VPOOff}
 TASKS: dict[str, type[TextTask]] = {"reasoning_gym": ReasoningGymTask, "math": MathTask, "reward": RewardTask}

@@ -1,6 +1,6 @@
 """Rollouts of whole responses: one row holds a prompt, all tokens of a response, and their behaviour log-probabilities."""
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -9,7 +9,8 @@ import torch as th
 from stable_baselines3.common.buffers import DictRolloutBuffer
 from stable_baselines3.common.type_aliases import TensorDict
 
-from sb3_r2vpo.objectives import constant_length_mean, sequence_mean, token_mean
+from sb3_r2vpo.common.rollout import TIME_MAJOR, PaddedSamples, flatten
+from sb3_r2vpo.core.batch import Minibatch, constant_length_mean, sequence_mean, token_mean
 
 #: Fills the rows of a batch of responses after their end. No token id, so that no tokenizer needs a pad token.
 PADDING = -1
@@ -60,7 +61,7 @@ def group_advantages(scores: np.ndarray, groups: np.ndarray, kind: str = "group"
     return advantages.reshape(scores.shape).astype(np.float32)
 
 
-class SequenceRolloutBuffer(DictRolloutBuffer):
+class SequenceRolloutBuffer(PaddedSamples, DictRolloutBuffer):
     """
     Rollout buffer for responses (actions of a :class:`~sb3_r2vpo.llm.spaces.ResponseSpace`).
 
@@ -85,6 +86,8 @@ class SequenceRolloutBuffer(DictRolloutBuffer):
     :raises ValueError: An option is unknown, or a rollout is longer than ``MAX_BATCHES`` steps.
     """
 
+    time_major = (*TIME_MAJOR, "selected")
+
     def __init__(
         self,
         *args: Any,
@@ -102,11 +105,12 @@ class SequenceRolloutBuffer(DictRolloutBuffer):
         self.advantage = advantage
         self.filter_uniform_groups = filter_uniform_groups
         super().__init__(*args, **kwargs)
-        self.reduce = {
+        averages: dict[str, Callable[..., th.Tensor]] = {
             "token": token_mean,
             "sequence": sequence_mean,
             "constant": partial(constant_length_mean, max_length=self.action_dim),
-        }[loss_normalization]
+        }
+        self.average = averages[loss_normalization]
         if self.buffer_size > MAX_BATCHES:
             raise ValueError(
                 f"A rollout would hold {self.buffer_size} batches of {self.n_envs} responses each: `n_steps` counts batches "
@@ -141,6 +145,9 @@ class SequenceRolloutBuffer(DictRolloutBuffer):
             differs = np.abs(group_advantages(scores, self.groups, "group_mean")) > 1e-6
             self.selected &= np.isin(self.groups, self.groups[differs])[conversations]
 
+    def minibatch(self, samples: SequenceRolloutBufferSamples) -> Minibatch:
+        return Minibatch(samples, samples.mask, self.average)
+
     def _label_groups(self, dones: np.ndarray) -> np.ndarray:
         """Labels of shape ``(n_conversations, n_envs)``: equal where conversations of one step began with the same prompt."""
         starts = self.episode_starts.astype(bool)
@@ -169,11 +176,7 @@ class SequenceRolloutBuffer(DictRolloutBuffer):
         :return: Minibatches of the selected responses in random order
         """
         assert self.full, "The rollout is not complete"
-        if not self.generator_ready:
-            self.observations = {key: self.swap_and_flatten(obs) for key, obs in self.observations.items()}
-            for name in ("actions", "values", "log_probs", "advantages", "returns"):
-                setattr(self, name, self.swap_and_flatten(getattr(self, name)))
-            self.generator_ready = True
+        flatten(self)
         indices = np.random.permutation(self.selected_indices)
         batch_size = batch_size or len(indices)
         for start in range(0, len(indices), batch_size):

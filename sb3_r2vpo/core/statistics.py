@@ -1,10 +1,10 @@
 """What is logged of an update: computed once, at its end, from tensors that the minibatches left on the device."""
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 import torch as th
 
-from sb3_r2vpo.objectives import ratio_statistics
+from sb3_r2vpo.core.objectives import ratio_statistics
 
 #: Clip range against which ``train/clip_fraction`` is counted, unless the objective has one of its own: SB3 PPO's default.
 PPO_CLIP_RANGE = 0.2
@@ -30,12 +30,12 @@ def summarize_ratios(log_ratio: th.Tensor, clip_range: float | th.Tensor = PPO_C
     }
 
 
-def gradient_norms(names: Iterable[str], norms: th.Tensor) -> dict[str, th.Tensor]:
+def gradient_norms(is_critic: Sequence[bool], norms: th.Tensor) -> dict[str, th.Tensor]:
     """
-    :param names: Those of an actor-critic policy's parameters
+    :param is_critic: For each of a policy's parameters, whether it is the critic's own
     :param norms: Those of the gradient of each of them, before clipping, in the last dimension
     :return: Norms of the critic's own gradients, if there are any, and of all others (a shared feature extractor's included)
     """
-    is_critic = th.tensor(["value_net" in name or name.startswith("vf_features_extractor") for name in names])
-    groups = {"policy_grad_norm": norms[..., ~is_critic], "value_grad_norm": norms[..., is_critic]}
+    critic = th.tensor(is_critic)
+    groups = {"policy_grad_norm": norms[..., ~critic], "value_grad_norm": norms[..., critic]}
     return {name: th.linalg.vector_norm(group, dim=-1) for name, group in groups.items() if group.shape[-1] > 0}

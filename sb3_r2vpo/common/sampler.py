@@ -1,46 +1,25 @@
-"""Minibatches of rollouts, cut from tensors that are made once an update and shuffled once an epoch."""
+"""Minibatches of steps, cut from tensors that are made once an update and shuffled once an epoch."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from copy import copy
-from functools import partial
 from typing import Any
 
 import numpy as np
 import torch as th
-from stable_baselines3.common.buffers import RolloutBuffer
-from stable_baselines3.common.type_aliases import RolloutBufferSamples
+
+#: Most memory that the shuffled copy of a rollout takes at a time: large copies are fast, but one of a whole rollout of images
+#: would double its memory.
+SHUFFLED_BYTES = 4 * 2**20
 
 
 def map_field(function: Callable[..., Any], *fields: Any) -> Any:
-    """Apply a function to a field of one or several samples: to arrays or tensors, or key by key to dicts of them."""
-    if isinstance(fields[0], dict):
-        return {key: function(*(field[key] for field in fields)) for key in fields[0]}
+    """Apply a function to a field of one or several samples: to arrays or tensors, or to those within dicts and tuples."""
+    first = fields[0]
+    if isinstance(first, dict):
+        return {key: map_field(function, *(field[key] for field in fields)) for key in first}
+    if isinstance(first, tuple):
+        parts = (map_field(function, *parts) for parts in zip(*fields, strict=True))
+        return type(first)(*parts) if hasattr(first, "_fields") else tuple(parts)
     return function(*fields)
-
-
-def flatten(buffer: RolloutBuffer) -> RolloutBuffer:
-    """
-    :param buffer: A full buffer
-    :return: A shallow copy with the arrays that ``RolloutBuffer.get`` draws from in its order, (n_envs * n_steps, ...)
-    """
-    flat = copy(buffer)
-    if not flat.generator_ready:
-        for name in ("observations", "actions", "values", "log_probs", "advantages", "returns"):
-            setattr(flat, name, map_field(RolloutBuffer.swap_and_flatten, getattr(flat, name)))
-        flat.generator_ready = True
-    return flat
-
-
-def rollout_tensors(buffer: RolloutBuffer) -> RolloutBufferSamples:
-    """
-    All steps of a rollout as tensors on the buffer's device, in the order of ``RolloutBuffer.get`` before it shuffles.
-
-    :param buffer: A full buffer
-    :return: One sample; on the CPU, observations and actions of a flat buffer share its arrays' memory
-    """
-    flat = flatten(buffer)
-    flat.to_torch = partial(flat.to_torch, copy=False)  # type: ignore[method-assign]
-    return flat._get_samples(slice(None))  # type: ignore[arg-type]
 
 
 def _split_field(field: Any, batch_size: int) -> Iterable[Any]:
@@ -50,9 +29,9 @@ def _split_field(field: Any, batch_size: int) -> Iterable[Any]:
     return field.split(batch_size)
 
 
-def split(samples: RolloutBufferSamples, batch_size: int) -> Iterator[RolloutBufferSamples]:
+def split(samples: Any, batch_size: int) -> Iterator[Any]:
     """
-    :param samples: Any number of steps
+    :param samples: A named tuple of tensors, any number of steps
     :param batch_size: Steps in a batch; the last one may be smaller
     :return: Consecutive batches; their tensors are views
     """
@@ -60,14 +39,25 @@ def split(samples: RolloutBufferSamples, batch_size: int) -> Iterator[RolloutBuf
     yield from map(type(samples), *batches)
 
 
-def shuffled_minibatches(rollouts: Sequence[RolloutBufferSamples], batch_size: int) -> Iterator[RolloutBufferSamples]:
+def bytes_a_step(samples: Any) -> int:
+    """
+    :param samples: A named tuple of tensors
+    :return: Memory that one step takes in them
+    """
+    sizes: list[int] = []
+    for field in samples:
+        map_field(lambda tensor: sizes.append(tensor[:1].numel() * tensor.element_size()), field)
+    return max(1, sum(sizes))
+
+
+def shuffled_minibatches(rollouts: Sequence[Any], batch_size: int) -> Iterator[Any]:
     """
     One pass over all steps of all rollouts in random order, without replacement.
 
-    The shuffled steps are copied one rollout's worth at a time, and the minibatches cut from that: few large copies instead
-    of many small ones, and never a copy of the whole replay.
+    The shuffled steps are copied one rollout's worth at a time, or ``SHUFFLED_BYTES`` where that is less, and the minibatches
+    cut from that: few large copies instead of many small ones, and never a copy of the whole replay.
 
-    :param rollouts: Rollouts, of any lengths
+    :param rollouts: Their steps as named tuples of tensors, of any lengths
     :param batch_size: Steps in a minibatch; the last one may be smaller
     :return: Minibatches, each uniform over all rollouts; those of one rollout are the minibatches of ``RolloutBuffer.get``,
         drawn by the same call to NumPy's global generator
@@ -75,12 +65,13 @@ def shuffled_minibatches(rollouts: Sequence[RolloutBufferSamples], batch_size: i
     lengths = [len(rollout.old_log_prob) for rollout in rollouts]
     order = np.random.permutation(sum(lengths))
     # At least one minibatch, should a rollout have nothing to train on
-    chunk_size = batch_size * max(1, -(-lengths[-1] // batch_size))
+    n_minibatches = max(1, min(-(-lengths[-1] // batch_size), SHUFFLED_BYTES // (batch_size * bytes_a_step(rollouts[-1]))))
+    chunk_size = batch_size * n_minibatches
     for start in range(0, len(order), chunk_size):
         yield from split(_gather(rollouts, lengths, order[start : start + chunk_size]), batch_size)
 
 
-def _gather(rollouts: Sequence[RolloutBufferSamples], lengths: list[int], indices: np.ndarray) -> RolloutBufferSamples:
+def _gather(rollouts: Sequence[Any], lengths: list[int], indices: np.ndarray) -> Any:
     """The steps of these indices, which number the steps of all rollouts consecutively."""
     device = rollouts[0].old_log_prob.device
     if len(rollouts) == 1:

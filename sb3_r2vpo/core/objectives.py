@@ -1,6 +1,6 @@
-"""Policy objectives in ratio space, as pure functions, and the reductions that turn them into a scalar loss.
+"""Policy objectives in ratio space, as pure functions. R2VPO's own is :func:`r2vpo`; the others are baselines.
 
-Every objective has the form ``objective(log_ratio, advantages, *, <coefficients>) -> (loss, deviation)``:
+Every function has the form ``objective(log_ratio, advantages, *, <coefficients>) -> (loss, deviation)``:
 
 - ``log_ratio``: ``log pi(a|s) - log pi_b(a|s)``, any shape. ``pi_b`` is the policy that generated the sample.
 - ``advantages``: same shape, or one that broadcasts to it (one advantage for all tokens of a response).
@@ -14,10 +14,8 @@ gradient then stay finite, and keep their direction, for log-ratios up to 100 an
 never replaced: the caller has to refuse it.
 """
 
-import inspect
 import math
 from collections.abc import Callable
-from typing import Any
 
 import torch as th
 
@@ -251,7 +249,7 @@ def spo(log_ratio: th.Tensor, advantages: th.Tensor, *, clip_range: float = 0.2)
     return r2vpo(log_ratio, advantages, var_coef=advantages.abs() / (2 * clip_range))
 
 
-#: The objectives by the names that ``R2VPO(objective=...)`` takes.
+#: The functions by the names that ``R2VPO(objective=...)`` takes.
 OBJECTIVES: dict[str, Objective] = {
     "r2vpo": r2vpo,
     "r2vpo_sequence": r2vpo_sequence,
@@ -263,72 +261,3 @@ OBJECTIVES: dict[str, Objective] = {
     "exact_kl": exact_kl,
     "spo": spo,
 }
-
-
-def check_objective(name: str, kwargs: dict[str, Any] | None) -> None:
-    """
-    :param name: As given to ``R2VPO(objective=...)``
-    :param kwargs: As given to ``R2VPO(objective_kwargs=...)``
-    :raises ValueError: There is no such objective, or one of its coefficients is missing or unknown.
-    """
-    if name not in OBJECTIVES:
-        raise ValueError(f"Unknown `objective` {name!r}; choose one of {', '.join(OBJECTIVES)}.")
-    parameters = inspect.signature(OBJECTIVES[name]).parameters.values()
-    # The multiplier belongs to the dual, and a sequence's log-ratio is data
-    coefficients = {p.name for p in parameters if p.kind is p.KEYWORD_ONLY} - {"var_coef", "sequence_log_ratio"}
-    required = {p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.default is p.empty} & coefficients
-    given = set(kwargs or {})
-    if given - coefficients or required - given:
-        raise ValueError(
-            f"The objective {name!r} got `objective_kwargs` {sorted(given)}; "
-            f"it takes {sorted(coefficients) or 'none'}, of which it needs {sorted(required) or 'none'}."
-        )
-
-
-def mean(values: th.Tensor) -> th.Tensor:
-    """
-    Plain mean over all samples.
-
-    :param values: Any shape.
-    :return: A scalar.
-    """
-    return values.mean()
-
-
-def token_mean(values: th.Tensor, mask: th.Tensor) -> th.Tensor:
-    """
-    Mean over all tokens where ``mask`` is set: a long response weighs more than a short one (DAPO's normalisation).
-
-    Masked entries take no part even if they are NaN. With nothing left, the result is zero.
-
-    :param values: Shape ``(n_sequences, n_tokens)``.
-    :param mask: Same shape, boolean or 0/1.
-    :return: A scalar.
-    """
-    return th.where(mask.bool(), values, 0.0).sum() / mask.sum().clamp(min=1)
-
-
-def sequence_mean(values: th.Tensor, mask: th.Tensor) -> th.Tensor:
-    """
-    Mean over each sequence, then over the sequences that have at least one token: every response weighs the same (GRPO).
-
-    :param values: Shape ``(n_sequences, n_tokens)``.
-    :param mask: Same shape, boolean or 0/1.
-    :return: A scalar; zero where no sequence has a token.
-    """
-    lengths = mask.sum(dim=-1)
-    means = th.where(mask.bool(), values, 0.0).sum(dim=-1) / lengths.clamp(min=1)
-    return means.sum() / (lengths > 0).sum().clamp(min=1)
-
-
-def constant_length_mean(values: th.Tensor, mask: th.Tensor, max_length: int) -> th.Tensor:
-    """
-    Sum over each sequence divided by a constant, then the mean over sequences: no bias by length (Dr. GRPO,
-    https://arxiv.org/abs/2503.20783).
-
-    :param values: Shape ``(n_sequences, n_tokens)``.
-    :param mask: Same shape, boolean or 0/1.
-    :param max_length: The constant: the longest response that the sampler may produce, in tokens.
-    :return: A scalar.
-    """
-    return th.where(mask.bool(), values, 0.0).sum(dim=-1).mean() / max_length

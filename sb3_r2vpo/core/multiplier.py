@@ -1,14 +1,13 @@
-"""The multiplier of the ratio-variance constraint: a constant, a schedule, or adapted by dual ascent."""
+"""The Lagrange multiplier of the ratio-variance constraint: a constant, a schedule, or adapted by dual ascent."""
 
 import math
+from collections.abc import Callable
 from numbers import Real
 
 import torch as th
-from gymnasium import spaces
-from stable_baselines3.common.preprocessing import get_action_dim
-from stable_baselines3.common.type_aliases import Schedule
-from stable_baselines3.common.utils import FloatSchedule
 from torch import nn
+
+Schedule = Callable[[float], float]
 
 #: Initial value of an adaptive multiplier unless "auto_<value>" says otherwise, in units of normalised advantage.
 DEFAULT_INITIAL_VAR_COEF = 1.0
@@ -18,23 +17,16 @@ DEFAULT_INITIAL_VAR_COEF = 1.0
 MAX_VIOLATION = 1.0
 
 
-def default_target_variance(action_space: spaces.Space) -> float:
+def scheduled(value: float | Schedule, progress_remaining: float) -> float:
     """
-    The tolerance that ``target_variance="auto"`` stands for: ``0.01 * sqrt(n_actions)``.
-
-    A Gaussian policy that moves each of its means by ``d`` standard deviations has a ratio variance of about
-    ``n_actions * d**2``: one tolerance for all tasks would be a long step where there is one action, and a short one where
-    there are many. Ratios that PPO's clip at 0.2 holds grow with the root only (0.007 to 0.015 with one action, 0.02 with
-    two, 0.03 to 0.04 with six, measured on DM Control, see ``benchmarks/control``), and so does this tolerance.
-
-    :param action_space: The environment's
-    :return: The tolerance; of whole responses of a language model, that of one action
+    :param value: A number, or a schedule of the remaining progress
+    :param progress_remaining: From 1 (start of training) to 0
+    :return: The value at this point of training
     """
-    n_actions = 1 if getattr(action_space, "rollout_buffer_class", None) else get_action_dim(action_space)
-    return 0.01 * math.sqrt(n_actions)
+    return float(value(progress_remaining)) if callable(value) else float(value)
 
 
-def _parse_initial_value(var_coef: str) -> float:
+def _initial_value(var_coef: str) -> float:
     """The initial value in "auto" or "auto_<value>", as in SAC's ``ent_coef``."""
     prefix, separator, number = var_coef.partition("_")
     try:
@@ -49,7 +41,7 @@ def _parse_initial_value(var_coef: str) -> float:
     return value
 
 
-class DualVariable(nn.Module):
+class Multiplier(nn.Module):
     """
     The multiplier ``lambda`` of R2VPO's Lagrangian (Theorem 4.3).
 
@@ -57,7 +49,7 @@ class DualVariable(nn.Module):
 
     :param var_coef: A number or a schedule of the remaining progress fixes the multiplier; "auto" adapts it from
         ``DEFAULT_INITIAL_VAR_COEF``, "auto_0.5" from 0.5.
-    :param minimum: What an adaptive multiplier never falls below, from its initial value on.
+    :param minimum: Lower bound of an adaptive multiplier, from its initial value on; zero (default) is Eq. 10.
     :raises ValueError: ``var_coef`` is negative, infinite or NaN, or a string that is not "auto..."; ``minimum`` is negative,
         infinite or NaN.
     """
@@ -70,14 +62,12 @@ class DualVariable(nn.Module):
             raise ValueError(f"`min_var_coef` is {minimum}; it must be finite and not negative.")
         self.minimum = minimum
         self.adaptive = isinstance(var_coef, str)
-        self.schedule: FloatSchedule | None = None
+        self.fixed: float | Schedule | None = None
         initial_value = 0.0
         if isinstance(var_coef, str):
-            initial_value = max(minimum, _parse_initial_value(var_coef))
-        elif callable(var_coef):
-            self.schedule = FloatSchedule(var_coef)
-        elif isinstance(var_coef, Real) and math.isfinite(var_coef) and var_coef >= 0:
-            self.schedule = FloatSchedule(float(var_coef))
+            initial_value = max(minimum, _initial_value(var_coef))
+        elif callable(var_coef) or (isinstance(var_coef, Real) and math.isfinite(var_coef) and var_coef >= 0):
+            self.fixed = var_coef
         else:
             raise ValueError(
                 f"`var_coef` is {var_coef!r}; it must be a finite number that is not negative, a schedule, or 'auto'."
@@ -92,9 +82,9 @@ class DualVariable(nn.Module):
             and make it negative; the multiplier is kept at zero or above, as a negative one would reward variance.
         :raises ValueError: The schedule returned NaN or infinity.
         """
-        if self.schedule is None:
+        if self.fixed is None:
             return
-        value = self.schedule(progress_remaining)
+        value = scheduled(self.fixed, progress_remaining)
         if not math.isfinite(value):
             raise ValueError(f"The `var_coef` schedule returned {value} at progress_remaining={progress_remaining:.4f}.")
         self.value.fill_(max(0.0, value))

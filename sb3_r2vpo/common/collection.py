@@ -1,0 +1,99 @@
+"""Collecting a rollout: SB3's loop, with correlated noise, and with what advantages can be computed from later."""
+
+from typing import Any
+
+import numpy as np
+import torch as th
+from stable_baselines3.common.buffers import RolloutBuffer
+from stable_baselines3.common.callbacks import BaseCallback, ConvertCallback
+from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
+from stable_baselines3.common.type_aliases import MaybeCallback
+from stable_baselines3.common.utils import obs_as_tensor
+from stable_baselines3.common.vec_env import VecEnv
+
+from sb3_r2vpo.common.callbacks import AdvantageSnapshot
+from sb3_r2vpo.common.critic import JointCritic
+from sb3_r2vpo.common.exploration import CorrelatedNoise, unexplained_variance
+from sb3_r2vpo.common.rollout import RolloutReplayBuffer, Timeouts
+
+
+class RolloutCollection(OnPolicyAlgorithm):
+    """The half of :class:`~sb3_r2vpo.common.algorithm.RatioVarianceAlgorithm` that runs before an update."""
+
+    critic: JointCritic
+    noise: CorrelatedNoise
+    replay_buffer: RolloutReplayBuffer | None
+    _snapshot: AdvantageSnapshot
+    _timeouts: Timeouts
+    # Of the last rollout's rewards
+    _unexplained_variance = 1.0
+
+    @property
+    def _renews_advantages(self) -> bool:
+        """Whether advantages are computed again after collection."""
+        return self.replay_buffer is not None or self.critic.recomputes_each_epoch
+
+    def _init_callback(self, callback: MaybeCallback, progress_bar: bool = False) -> BaseCallback:
+        if self._renews_advantages:
+            users = callback if isinstance(callback, list) else [] if callback is None else [callback]
+            converted = [user if isinstance(user, BaseCallback) else ConvertCallback(user) for user in users]
+            # Before the user's, to see what they change
+            callback = [self._snapshot, *converted]
+        return super()._init_callback(callback, progress_bar)
+
+    def collect_rollouts(
+        self, env: VecEnv, callback: BaseCallback, rollout_buffer: RolloutBuffer, n_rollout_steps: int, *args: Any
+    ) -> bool:
+        self._timeouts = Timeouts()
+        if self.replay_buffer is not None:
+            self.replay_buffer.make_room()
+        if not self.noise.is_white:
+            settings = n_rollout_steps, env.num_envs, self._current_progress_remaining, self._unexplained_variance
+            self.logger.record("rollout/noise_exponent", self.noise.start(self.policy, *settings))
+        try:
+            finished = self._collect(env, callback, rollout_buffer, n_rollout_steps, *args)
+        finally:
+            self.noise.stop(self.policy)
+        if finished and len(self._timeouts) > 0:
+            self._timeouts.values, self._timeouts.gamma = self._timeouts.predict(self.predict_values), self.gamma
+        if finished and self.noise.adaptive:
+            self._update_unexplained_variance()
+        return finished
+
+    def _collect(self, *args: Any) -> bool:
+        """Collect one rollout: SB3's loop, or sb3-contrib's in a variant."""
+        return super().collect_rollouts(*args)
+
+    def _update_info_buffer(self, infos: list[dict[str, Any]], dones: np.ndarray | None = None) -> None:
+        """Called at each step before SB3 adds the bootstrapped value to the rewards: note where that is going to happen."""
+        super()._update_info_buffer(infos, dones)
+        self.noise.advance(self.policy)
+        if not (self._renews_advantages or self.noise.adaptive):
+            return
+        for idx in np.flatnonzero(dones).tolist():  # type: ignore[arg-type]
+            info = infos[idx]
+            if info.get("terminal_observation") is not None and info.get("TimeLimit.truncated", False):
+                self._timeouts.append(self.rollout_buffer.pos, idx, info["terminal_observation"])
+
+    def _update_unexplained_variance(self) -> None:
+        """How much of the rollout's rewards the critic has not predicted, before it learns from them."""
+        buffer, timeouts = self.rollout_buffer, self._timeouts
+        last_values = self.predict_values(self._last_obs).cpu().numpy()
+        next_values = np.concatenate([buffer.values[1:], last_values.reshape(1, -1)])
+        dones = np.concatenate([buffer.episode_starts[1:], self._last_episode_starts[np.newaxis]])  # type: ignore[index]
+        # SB3 has added the values of timeouts to the rewards
+        td_errors = buffer.rewards + self.gamma * (1 - dones) * next_values - buffer.values
+        rewards = buffer.rewards.copy()
+        rewards[timeouts.steps, timeouts.envs] -= self.gamma * timeouts.values
+        self._unexplained_variance = unexplained_variance(rewards, td_errors, dones, self.gamma)
+
+    @th.no_grad()
+    def predict_values(self, observations: Any) -> th.Tensor:
+        """
+        :param observations: A batch of observations, arrays or tensors
+        :return: The current critic's values of them, shape ``(batch_size, 1)``, without gradient
+        """
+        first = next(iter(observations.values())) if isinstance(observations, dict) else observations
+        if not isinstance(first, th.Tensor):
+            observations = obs_as_tensor(observations, self.device)
+        return self.policy.predict_values(observations)
