@@ -510,3 +510,42 @@ def test_our_policy_is_sb3s_for_other_algorithms() -> None:
     theirs.learn(128)
     assert th.equal(weights(ours), weights(theirs))
     assert list(ours.policy.state_dict()) == list(theirs.policy.state_dict())
+
+
+def test_arguments_may_be_set_later_as_sb3s_may_be() -> None:
+    later = make(R2VPOOff)
+    later.learn(64)
+    later.vf_coef, later.clip_range_vf, later.target_variance = 0.1, 0.05, 0.3
+    later.objective_kwargs = {"dual_learning_rate": 0.5}
+    value = later.policy_loss.multiplier.value.item()
+    later.learn(32, reset_num_timesteps=False)
+    assert later.critic.vf_coef == 0.1
+    assert later.critic.clip_range_vf == 0.05
+    assert later.policy_loss.target_variance.item() == pytest.approx(0.3)
+    # From where it was, by its new step size
+    assert 0 < abs(later.policy_loss.multiplier.value.item() - value) < 0.5 * 0.3 * 8
+    later.objective_kwargs["dual_learning_rate"] = 0.0
+    value = later.policy_loss.multiplier.value.item()
+    later.learn(32, reset_num_timesteps=False)
+    assert later.policy_loss.multiplier.value.item() == value
+    later.replay_capacity, later.critic_kwargs = 3, {"n_rollouts": 4, "n_epochs": 1}
+    later.clip_range_vf = None
+    later.learn(3 * 32, reset_num_timesteps=False)
+    assert len(later.replay_buffer) == 4
+    later.vf_coef = 0.7
+    later.target_variance = -1.0
+    with pytest.raises(ValueError, match="target_variance"):
+        later.learn(32, reset_num_timesteps=False)
+
+
+@pytest.mark.parametrize("where", ["policy", "mlp_extractor", "action_net"])
+def test_patched_methods_are_called(where: str) -> None:
+    model = make()
+    model.learn(32)
+    calls: list[int] = []
+    owner = model.policy if where == "policy" else getattr(model.policy, where)
+    name = "evaluate_actions" if where == "policy" else "forward"
+    method = getattr(owner, name)
+    setattr(owner, name, lambda *args: calls.append(1) or method(*args))
+    model.learn(32, reset_num_timesteps=False)
+    assert len(calls) >= 4

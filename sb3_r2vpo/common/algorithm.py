@@ -106,20 +106,15 @@ class RatioVarianceAlgorithm(ReplaySaving, RolloutCollection):
             )
 
     def _setup_model(self) -> None:
-        self._check_arguments()
-        # Built first: an invalid option must not leave a half-made model
-        policy_loss = self._make_policy_loss()
-        critic = make_critic(self.vf_coef, self.clip_range_vf, **(self.critic_kwargs or {}))
-        noise = CorrelatedNoise(self.noise_exponent)
-        n_rollouts = max(self.replay_capacity, critic.n_rollouts)
+        self._made: dict[str, tuple[Any, ...]] = {}
+        self.replay_buffer = None
+        # Made first: an invalid option must not leave a half-made model
+        self._follow_arguments()
         # Actions that are whole responses of a language model bring a buffer of sequences
         self.rollout_buffer_class = self.rollout_buffer_class or getattr(self.action_space, "rollout_buffer_class", None)
         super()._setup_model()
-        critic.check(self.policy)
-        noise.check(self.policy)
-        self.policy_loss, self.critic, self.noise = policy_loss, critic, noise
-        self.policy_loss.multiplier.to(self.device)
-        self.replay_buffer = RolloutReplayBuffer(n_rollouts) if n_rollouts > 1 else None
+        self.critic.check(self.policy)
+        self.noise.check(self.policy)
         self._snapshot = AdvantageSnapshot()
         self._timeouts = Timeouts()
         if draws_its_own_minibatches(self.rollout_buffer) and self._renews_advantages:
@@ -135,6 +130,30 @@ class RatioVarianceAlgorithm(ReplaySaving, RolloutCollection):
         if self.compile:
             # Refused now, rather than at the first update
             self._make_descent()
+
+    def _follow_arguments(self) -> None:
+        """Make what arguments stand for; again, where one of them has been set since to another value, as SB3's may be."""
+        self._check_arguments()
+        if self._changed("policy_loss", self.objective, self.var_coef, self.target_variance, self.objective_kwargs):
+            before, self.policy_loss = getattr(self, "policy_loss", None), self._make_policy_loss()
+            if before is not None and before.multiplier.adaptive and self.policy_loss.multiplier.adaptive:
+                self.policy_loss.multiplier.load_state_dict(before.multiplier.state_dict())
+            self.policy_loss.multiplier.to(self.device)
+        if self._changed("critic", self.vf_coef, self.clip_range_vf, self.critic_kwargs):
+            self.critic = make_critic(self.vf_coef, self.clip_range_vf, **(self.critic_kwargs or {}))
+        if self._changed("noise", self.noise_exponent):
+            self.noise = CorrelatedNoise(self.noise_exponent)
+        n_rollouts = max(self.replay_capacity, self.critic.n_rollouts)
+        if self._changed("replay_buffer", n_rollouts):
+            kept = [] if self.replay_buffer is None else self.replay_buffer.rollouts
+            self.replay_buffer = RolloutReplayBuffer(n_rollouts, kept) if n_rollouts > 1 else None
+
+    def _changed(self, name: str, *arguments: Any) -> bool:
+        """Whether what has this name is to be made, and note the arguments that it is made of."""
+        # Dicts are copied, as an option may be set within one
+        current = tuple(dict(value) if isinstance(value, dict) else value for value in arguments)
+        changed, self._made[name] = self._made.get(name) != current, current
+        return changed
 
     def _check_arguments(self) -> None:
         if hasattr(self, "clip_range"):
@@ -162,6 +181,7 @@ class RatioVarianceAlgorithm(ReplaySaving, RolloutCollection):
     def train(self) -> None:
         """Update the critic and the policy on the current rollout, and on earlier ones if they are replayed."""
         self._refuse_nonfinite_rollout()
+        self._follow_arguments()
         self._update_learning_rate(self.policy.optimizer)
         rollouts = self._finished_rollouts()
         self.critic.fit(self, rollouts)

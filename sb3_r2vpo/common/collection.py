@@ -33,7 +33,11 @@ class RolloutCollection(OnPolicyAlgorithm):
         """Whether advantages are computed again after collection."""
         return self.replay_buffer is not None or self.critic.recomputes_each_epoch
 
+    def _follow_arguments(self) -> None:
+        raise NotImplementedError
+
     def _init_callback(self, callback: MaybeCallback, progress_bar: bool = False) -> BaseCallback:
+        self._follow_arguments()
         if self._renews_advantages:
             users = callback if isinstance(callback, list) else [] if callback is None else [callback]
             converted = [user if isinstance(user, BaseCallback) else ConvertCallback(user) for user in users]
@@ -44,6 +48,7 @@ class RolloutCollection(OnPolicyAlgorithm):
     def collect_rollouts(
         self, env: VecEnv, callback: BaseCallback, rollout_buffer: RolloutBuffer, n_rollout_steps: int, *args: Any
     ) -> bool:
+        self._follow_arguments()
         self._timeouts = Timeouts()
         if self.replay_buffer is not None:
             self.replay_buffer.make_room()

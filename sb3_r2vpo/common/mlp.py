@@ -88,6 +88,9 @@ class Networks:
         if self.log_std is not None:
             self.parameters.append(self.log_std)
         self.distribution = type(policy.action_dist)
+        self.modules = [policy, policy.mlp_extractor, *self.layers[0], *self.layers[1]]
+        # A method that somebody has set on a module makes one more attribute
+        self.n_attributes = [*map(len, map(vars, self.modules))]
         # Each registration of a hook, on a module or a tensor, takes the next number
         self.n_hooks = RemovableHandle.next_id
 
@@ -99,7 +102,7 @@ class Networks:
         layers = _layers(policy)
         if self.n_hooks != RemovableHandle.next_id or layers != self.layers:
             return False
-        if type(policy.action_dist) is not self.distribution:
+        if type(policy.action_dist) is not self.distribution or self.n_attributes != [*map(len, map(vars, self.modules))]:
             return False
         found = [parameter for net in layers for layer in net[::2] for parameter in layer._parameters.values()]
         if self.log_std is not None:
@@ -126,7 +129,8 @@ def _is_written_out(policy: ActorCriticPolicy) -> bool:
     """Whether a policy computes what :class:`Networks` computes."""
     extractors = (policy.features_extractor, policy.pi_features_extractor, policy.vf_features_extractor)
     if not (
-        all(getattr(type(policy), name) is getattr(ActorCriticPolicy, name) for name in _AS_IN_SB3)
+        not any(is_changed(policy, name) for name in ("extract_features", "_get_action_dist_from_latent"))
+        and not any("forward" in name for module in policy.modules() for name in vars(module) if callable(vars(module)[name]))
         and type(policy.mlp_extractor) is MlpExtractor
         and all(type(extractor) is FlattenExtractor for extractor in extractors)
     ):
@@ -149,8 +153,11 @@ def _has_hooks(part: Any) -> bool:
     return any(getattr(part, name, None) for name in names)
 
 
-#: Methods that a subclass must not have changed
-_AS_IN_SB3 = ("extract_features", "_get_action_dist_from_latent")
+def is_changed(policy: ActorCriticPolicy, name: str) -> bool:
+    """:return: Whether a method of a policy is another than SB3's, by its class or set on the policy itself"""
+    return getattr(getattr(policy, name), "__func__", None) is not getattr(ActorCriticPolicy, name)
+
+
 _FOUND: WeakKeyDictionary[ActorCriticPolicy, Networks] = WeakKeyDictionary()
 
 

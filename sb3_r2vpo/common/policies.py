@@ -17,7 +17,7 @@ from sb3_r2vpo.common.distributions import (
     CorrelatedGaussianDistribution,
     gaussian_sample,
 )
-from sb3_r2vpo.common.mlp import MlpEvaluation, ValueRegression, networks
+from sb3_r2vpo.common.mlp import MlpEvaluation, ValueRegression, is_changed, networks
 from sb3_r2vpo.core.update import Backward, Evaluation
 
 
@@ -62,8 +62,7 @@ class MlpPolicy(ActorCriticPolicy):
         :return: The evaluation, ``None`` for values that are not needed; ``None`` in all where autograd is to do it
         """
         net = networks(self)
-        changed = type(self).evaluate_actions is not ActorCriticPolicy.evaluate_actions
-        if net is None or changed or not th.is_grad_enabled() or not net.are_trained():
+        if net is None or is_changed(self, "evaluate_actions") or not th.is_grad_enabled() or not net.are_trained():
             return None
         written = MlpEvaluation(net, self._flat_features(obs), actions, with_values)
         return Evaluation(written.values, written.log_prob, written.entropy, written.backward)
@@ -77,8 +76,7 @@ class MlpPolicy(ActorCriticPolicy):
         :return: The error and its backward pass; ``None`` where autograd is to do it
         """
         net = networks(self)
-        changed = type(self).predict_values is not ActorCriticPolicy.predict_values
-        if net is None or changed or not net.are_trained():
+        if net is None or is_changed(self, "predict_values") or not net.are_trained():
             return None
         regression = ValueRegression(net.critic, self._flat_features(obs), returns)
         return regression.loss, regression.backward

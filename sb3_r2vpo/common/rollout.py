@@ -2,7 +2,7 @@
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from copy import copy
 from functools import partial
 from itertools import chain, islice, repeat
@@ -261,12 +261,13 @@ class RolloutReplayBuffer:
     The last ``capacity`` rollouts, first in, first out, sampled uniformly (R2VPO-OFF, section 4.3 of the paper).
 
     :param capacity: Number of rollouts to keep. With 1 there is only the current one: on-policy training.
+    :param rollouts: What it begins with, the oldest first; the newest of them stay
     :raises ValueError: ``capacity`` is not a whole number of at least 1.
     """
 
-    def __init__(self, capacity: int) -> None:
+    def __init__(self, capacity: int, rollouts: Iterable[Rollout] = ()) -> None:
         check_whole_number("replay_capacity", capacity)
-        self.rollouts: deque[Rollout] = deque(maxlen=capacity)
+        self.rollouts: deque[Rollout] = deque(rollouts, maxlen=capacity)
 
     def __len__(self) -> int:
         return len(self.rollouts)

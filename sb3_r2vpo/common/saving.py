@@ -20,7 +20,7 @@ class ReplaySaving(BaseAlgorithm):
 
     def _excluded_save_params(self) -> list[str]:
         # Made anew by `_setup_model`
-        made = ["policy_loss", "critic", "noise", "_timeouts", "_snapshot"]
+        made = ["policy_loss", "critic", "noise", "_timeouts", "_snapshot", "_made"]
         return [*super()._excluded_save_params(), *made]
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
