@@ -32,7 +32,7 @@ def make_training_envs(n_envs: int, seed: int) -> VecEnv:
     try:
         return EnvPoolVecEnv(ENV_ID, n_envs=n_envs, seed=seed, stagger=True)
     except ImportError as error:
-        print(f"{error} Going on without it, more slowly.")
+        print(f"{error}. Going on without it, more slowly.")
         return DummyVecEnv([lambda: gym.make(ENV_ID)] * n_envs)
 
 

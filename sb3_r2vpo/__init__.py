@@ -44,7 +44,10 @@ def __dir__() -> list[str]:
 
 def _register_environments() -> None:
     """Register dm_control/<domain>-<task>-v0 with Gymnasium."""
-    import_module("sb3_r2vpo.envs.dm_control").register()
+    module = import_module("sb3_r2vpo.envs.dm_control")
+    # Not there yet where it is that module which imports Gymnasium; its package registers them in the end
+    if hasattr(module, "register"):
+        module.register()
 
 
 class _AfterGymnasium(MetaPathFinder):

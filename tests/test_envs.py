@@ -168,5 +168,5 @@ def test_fresh_worker_processes():
 
 def test_envpool_is_an_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "envpool", None)
-    with pytest.raises(ImportError, match=r"pip install sb3-r2vpo\[envpool\]"):
+    with pytest.raises(ImportError, match=r"pip install 'sb3-r2vpo\[envpool\]'"):
         sb3_r2vpo.envs.EnvPoolVecEnv("dm_control/walker-run-v0")

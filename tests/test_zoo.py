@@ -29,9 +29,9 @@ from torch import nn
 from sb3_r2vpo import R2VPO, R2VPOOff
 from sb3_r2vpo.zoo import ExperimentManager, register
 from sb3_r2vpo.zoo.cli import COMMANDS, main
-from sb3_r2vpo.zoo.companions import find_companion, matching_statistics
+from sb3_r2vpo.zoo.companions import find_companion, matching_statistics, replaced
 from sb3_r2vpo.zoo.plots import average, environment_of, read_evaluation_curve, read_training_curve
-from sb3_r2vpo.zoo.settings import find_settings, resolve_activation, split_schedules
+from sb3_r2vpo.zoo.settings import choose_num_threads, find_settings, resolve_activation, split_schedules
 from sb3_r2vpo.zoo.wrappers import VecRewardScale
 
 register()
@@ -157,6 +157,15 @@ def test_schedules():
     assert all(schedule(-0.1) == 0.0 for schedule in schedules.values())
     with pytest.raises(ValueError, match=r"`target_variance` is 'lin_small'"):
         split_schedules({"target_variance": "lin_small"})
+    hyperparams = {"objective_kwargs": {"clip_range": "lin_0.2", "kl_coef": 1.0}, "critic_kwargs": {"n_rollouts": 2}}
+    schedules, others = split_schedules(hyperparams)
+    assert schedules == {}
+    assert others["objective_kwargs"].pop("clip_range")(0.5) == pytest.approx(0.1)
+    assert others == {"objective_kwargs": {"kl_coef": 1.0}, "critic_kwargs": {"n_rollouts": 2}}
+    # A run's `config.yml` is written of it later
+    assert hyperparams["objective_kwargs"]["clip_range"] == "lin_0.2"
+    with pytest.raises(ValueError, match=r"`clip_range` is 'lin_small'"):
+        split_schedules({"objective_kwargs": {"clip_range": "lin_small"}})
 
 
 def test_schedules_reach_the_model():
@@ -166,6 +175,51 @@ def test_schedules_reach_the_model():
     assert model.target_variance(0.5) == pytest.approx(0.01)
     assert model.learning_rate(0.5) == pytest.approx(0.0005)  # "lin_0.001" in the settings file
     assert saved["var_coef"] == "lin_0.5"
+    baseline = {"objective": "ppo_clip", "objective_kwargs": {"clip_range": "lin_0.2"}, "n_envs": 1}
+    model, saved = make_manager(hyperparams=baseline, n_timesteps=10).setup_experiment()
+    assert model.objective_kwargs["clip_range"](0.5) == pytest.approx(0.1)
+    assert saved["objective_kwargs"] == {"clip_range": "lin_0.2"}
+
+
+def test_mappings_on_the_command_line():
+    """As the Zoo does with `policy_kwargs`: evaluated, and in place of the whole mapping of the settings file."""
+    params = ["critic_kwargs:dict(n_rollouts=3)", "objective_kwargs:{'dual_learning_rate':0.1}", "n_envs:2", "n_steps:32"]
+    main(["train", "--env", "dm_control/cartpole-swingup-v0", "-n", "64", "--verbose", "0", "-params", *params])
+    model = R2VPO.load("logs/r2vpo/dm_control-cartpole-swingup-v0_1/dm_control-cartpole-swingup-v0.zip", device="cpu")
+    assert (model.critic.n_rollouts, model.critic.n_epochs, model.critic.gae_lambda) == (3, 20, None)
+    assert (model.policy_loss.dual_learning_rate, model.policy_loss.multiplier.minimum) == (0.1, 0.0)
+    with pytest.raises(ValueError, match="`critic_kwargs` has unknown options"):
+        main(["train", "--env", "CartPole-v1", "-params", "critic_kwargs:dict(n_rolouts=3)"])
+
+
+@pytest.mark.parametrize(
+    ("hyperparams", "expected"),
+    [
+        ({}, 1),
+        ({"batch_size": 512, "policy_kwargs": {"net_arch": [128, 128]}}, 1),
+        ({"batch_size": 512, "policy_kwargs": {"net_arch": [256, 256]}}, 1),
+        ({"batch_size": 1024, "policy_kwargs": {"net_arch": [256, 256]}}, 2),
+        ({"batch_size": 4096, "policy_kwargs": {"net_arch": {"pi": [64, 64], "vf": [256] * 5}}}, 2),
+        ({"batch_size": 4096, "policy_kwargs": {"net_arch": {"pi": [64, 64], "vf": [64, 64]}}}, 1),
+        ({"batch_size": 10**6, "policy_kwargs": {"net_arch": []}}, 1),
+        ({"batch_size": 256, "policy": "CnnPolicy"}, 2),
+    ],
+)
+def test_two_threads_for_large_products(monkeypatch, hyperparams, expected):
+    monkeypatch.setattr("os.cpu_count", lambda: 8)
+    assert choose_num_threads(hyperparams) == expected
+    monkeypatch.setattr("os.cpu_count", lambda: 1)
+    assert choose_num_threads(hyperparams) == 1
+
+
+@pytest.mark.parametrize(("options", "expected"), [([], 2), (["--num-threads", "1"], 1), (["--num-threads", "3"], 3)])
+def test_threads_of_the_command_line(monkeypatch, options, expected):
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    large = ["n_envs:1", "n_steps:8", "batch_size:8192", "n_epochs:1", "policy_kwargs:dict(net_arch=[256,256])"]
+    main(["train", "--env", "CartPole-v1", "-n", "8", "--verbose", "0", *options, "-params", *large])
+    assert th.get_num_threads() == expected
+    arguments = yaml.unsafe_load(Path("logs/r2vpo/CartPole-v1_1/CartPole-v1/args.yml").read_text())
+    assert arguments["num_threads"] == expected
 
 
 def test_activation_names():
@@ -190,7 +244,7 @@ def test_sampled_hyperparameters_build_models(algo):
         # `--trial-id` has the trial's parameters only
         assert HYPERPARAMS_CONVERTER[algo](trial.params) == hyperparams
         models.append(make_model(algo, {"policy": "MlpPolicy", **hyperparams}))
-    assert {model.dual.adaptive for model in models} == {True, False}
+    assert {model.policy_loss.multiplier.adaptive for model in models} == {True, False}
 
 
 @pytest.mark.parametrize("failure", [RuntimeError("probability tensor contains nan"), FloatingPointError(), math.nan])
@@ -233,7 +287,7 @@ def test_processes_share_a_study():
     params = study.trials[0].params
     assert model.lr_schedule(1.0) == pytest.approx(params["learning_rate"])
     assert model.n_steps == 2 ** params["n_steps_pow"]
-    assert model.dual.adaptive == (params["multiplier"] == "adaptive")
+    assert model.policy_loss.multiplier.adaptive == (params["multiplier"] == "adaptive")
 
     with pytest.raises(ValueError, match="has the trials 0 to 3, not 4"):
         main(["train", *study_options, "--trial-id", "4"])
@@ -345,6 +399,16 @@ def test_dm_control_in_python_and_its_video():
     except RuntimeError as error:
         pytest.skip(f"no OpenGL: {error}")
     assert list(Path("logs").glob("r2vpo/*/videos/*.mp4"))
+
+
+def test_replaced_attributes_come_back():
+    original = math.pi
+    with replaced(math, pi=3):
+        assert math.pi == 3
+    assert math.pi == original
+    with pytest.raises(KeyError), replaced(math, pi=3):
+        raise KeyError
+    assert math.pi == original
 
 
 # --- EnvPool

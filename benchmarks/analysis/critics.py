@@ -11,7 +11,6 @@ seen. What such batches' gradients have in common with the mean gradient of the 
 import os
 import sys
 from pathlib import Path
-from unittest.mock import patch
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -33,7 +32,7 @@ from experiment import package_versions, processor  # noqa: E402
 from readme_tables import write_tables  # noqa: E402
 
 from sb3_r2vpo import R2VPOOff  # noqa: E402
-from sb3_r2vpo.rollout_replay import StoredRollout  # noqa: E402
+from sb3_r2vpo.common.rollout import Rollout  # noqa: E402
 
 TASKS, SEED = ("cheetah-run", "walker-run"), 401
 NETWORKS = {"r2vpo_off_short": "two layers of tanh", "r2vpo_off_short_layer_norm": "`LayerNormMlpPolicy`"}
@@ -45,7 +44,7 @@ LAMBDAS = (0.0, 0.5, 0.8, 0.9, 0.95)
 ITERATIONS, MINIBATCH_SIZE, LEARNING_RATE = 4, 512, 1e-3
 
 
-def collect(model: R2VPOOff, n_steps: int) -> StoredRollout:
+def collect(model: R2VPOOff, n_steps: int) -> Rollout:
     """One long rollout of the policy as it is."""
     model.env.training = False
     _, callback = model._setup_learn(0, None, reset_num_timesteps=False)
@@ -54,20 +53,19 @@ def collect(model: R2VPOOff, n_steps: int) -> StoredRollout:
         per_env, model.observation_space, model.action_space, gamma=model.gamma, n_envs=model.n_envs
     )
     model.collect_rollouts(model.env, callback, model.rollout_buffer, per_env)
-    return model._store_rollout()
+    return Rollout(model.rollout_buffer, model._last_obs, model._last_episode_starts, model._timeouts)
 
 
-def compute_advantages(model: R2VPOOff, critic: nn.Module | None, rollout: StoredRollout, gae_lambda: float) -> None:
+def compute_advantages(model: R2VPOOff, critic: nn.Module | None, rollout: Rollout, gae_lambda: float) -> None:
     """Values, advantages and returns of a rollout by a critic; ``None`` for the model's own."""
-    if critic is None:
-        model._update_advantages(rollout, gae_lambda=gae_lambda)
-        return
-    # Not the critic itself: a module would not take the place of the method
-    with patch.object(model.policy, "predict_values", lambda observations: critic(observations)):
-        model._update_advantages(rollout, gae_lambda=gae_lambda)
+
+    def predict_values(observations: th.Tensor | np.ndarray) -> th.Tensor:
+        return critic(th.as_tensor(observations))
+
+    rollout.renew(model.predict_values if critic is None else predict_values, model.gamma, gae_lambda)
 
 
-def fit(model: R2VPOOff, rollout: StoredRollout, n_passes: int) -> nn.Module:
+def fit(model: R2VPOOff, rollout: Rollout, n_passes: int) -> nn.Module:
     """A critic fitted to the returns of a rollout, those of lambda 0.95, which it gives anew three times."""
     width, n_inputs = 256, get_flattened_obs_dim(model.observation_space)
     critic = nn.Sequential(
@@ -78,7 +76,7 @@ def fit(model: R2VPOOff, rollout: StoredRollout, n_passes: int) -> nn.Module:
     decay = th.optim.lr_scheduler.LinearLR(optimizer, 1, 0, n_passes * (len(rollout) // MINIBATCH_SIZE))
     for iteration in range(ITERATIONS):
         compute_advantages(model, critic if iteration else None, rollout, 0.95)
-        samples = rollout.tensors()
+        samples = rollout.samples
         for _ in range(n_passes // ITERATIONS):
             for steps in th.randperm(len(rollout)).split(MINIBATCH_SIZE):
                 loss = F.mse_loss(critic(samples.observations[steps]).flatten(), samples.returns[steps])
@@ -89,17 +87,17 @@ def fit(model: R2VPOOff, rollout: StoredRollout, n_passes: int) -> nn.Module:
     return critic
 
 
-def gradients(model: R2VPOOff, rollout: StoredRollout) -> th.Tensor:
+def gradients(model: R2VPOOff, rollout: Rollout) -> th.Tensor:
     """The policy gradients of the batches of a rollout, one in each row: of the mean's weights, advantages normalised."""
     unused = ("value_net", "vf_features_extractor", "log_std")
     parameters = [p for name, p in model.policy.named_parameters() if not any(part in name for part in unused)]
-    samples = rollout.tensors()
+    samples = rollout.samples
     # Rollouts are stored environment by environment; a batch is all environments for some time
     batches = np.split(np.arange(len(rollout)).reshape(model.n_envs, -1), N_BATCHES, axis=1)
     rows = []
     for steps in batches:
         batch = type(samples)(*(field[steps.ravel()] for field in samples))
-        _, log_prob, _ = model._evaluate_actions(batch)
+        log_prob = model.evaluate_actions(batch, with_values=False).log_prob
         advantages = (batch.advantages - batch.advantages.mean()) / batch.advantages.std()
         gradient = th.autograd.grad((log_prob * advantages).mean(), parameters)
         rows.append(th.cat([part.flatten() for part in gradient]))

@@ -30,8 +30,8 @@ from experiment import COMPILED, METHODS, in_our_loop, make_model, package_versi
 from readme_tables import write_tables  # noqa: E402
 
 from sb3_r2vpo import R2VPO  # noqa: E402
-from sb3_r2vpo.minibatches import rollout_tensors  # noqa: E402
-from sb3_r2vpo.objectives import ratio_minus_one  # noqa: E402
+from sb3_r2vpo.common.rollout import Rollout  # noqa: E402
+from sb3_r2vpo.core.objectives import ratio_minus_one  # noqa: E402
 
 TASKS, METHOD_NAMES, SEED = ("cheetah-run", "walker-run"), ("ppo", "r2vpo_joint"), 100
 N_TIMESTEPS, STOPS = 1_000_000, (100_000, 300_000)
@@ -71,8 +71,9 @@ def collect(model: R2VPO) -> list[dict]:
 @th.no_grad()
 def gain(model: R2VPO, rollout: dict) -> tuple[float, float]:
     """The surrogate gain of a model's policy on a rollout of the policy before it, and the ratio variance."""
-    samples = rollout_tensors(copy.deepcopy(rollout["rollout_buffer"]))
-    _, log_prob, _ = model._evaluate_actions(samples)
+    buffer, last_obs, last_dones, timeouts = copy.deepcopy(list(rollout.values()))
+    samples = Rollout(buffer, last_obs, last_dones, timeouts).samples
+    log_prob = model.evaluate_actions(samples, with_values=False).log_prob
     deviation = ratio_minus_one(log_prob - samples.old_log_prob)
     advantages = (samples.advantages - samples.advantages.mean()) / samples.advantages.std()
     return (deviation * advantages).mean().item(), deviation.square().mean().item()
@@ -81,12 +82,14 @@ def gain(model: R2VPO, rollout: dict) -> tuple[float, float]:
 def updates(model: R2VPO) -> list[dict[str, float]]:
     """Updates from one policy, each on another rollout."""
     rollouts = collect(model)
-    modules = (model.policy, model.policy.optimizer, model.dual)
+    modules = (model.policy, model.policy.optimizer, model.policy_loss.multiplier)
     states = [copy.deepcopy(module.state_dict()) for module in modules]
     rows = []
     for i in tqdm(range(N_UPDATES), desc="updates", leave=False):
         for name, value in rollouts[i].items():
             setattr(model, name, copy.deepcopy(value))
+        # No callback has changed them
+        model._snapshot.arrays = model.rollout_buffer.advantages, model.rollout_buffer.returns
         model.train()
         trained, variance = gain(model, rollouts[i])
         # Not the two neighbours, whose first or last steps belong to the same stretch of an episode

@@ -7,6 +7,7 @@ After each update of PPO, R2VPO and R2VPOOff on cheetah-run, the ratios between 
 stored rollouts are taken over all their steps: divergences, what clipping would have cut off, and quantiles.
 """
 
+import copy
 import csv
 import os
 import sys
@@ -25,8 +26,8 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 
 from sb3_r2vpo import R2VPO
-from sb3_r2vpo.divergences import CHI_SQUARE, F_DIVERGENCES, alpha_divergence, clipping_error, clipping_error_bound
-from sb3_r2vpo.rollout_replay import StoredRollout
+from sb3_r2vpo.common.rollout import Rollout
+from sb3_r2vpo.core.divergences import CHI_SQUARE, F_DIVERGENCES, alpha_divergence, clipping_error, clipping_error_bound
 
 HERE = Path(__file__).parent
 RATIOS = HERE / "results" / "ratios.csv"
@@ -42,10 +43,10 @@ CAPACITY = 4
 
 
 @th.no_grad()
-def measure(model: R2VPO, rollout: StoredRollout) -> dict[str, float]:
+def measure(model: R2VPO, rollout: Rollout) -> dict[str, float]:
     """The ratios between the current policy and the one that collected a rollout."""
-    samples = rollout.tensors()
-    log_prob = model._evaluate_actions(samples)[1]
+    samples = rollout.samples
+    log_prob = model.evaluate_actions(samples, with_values=False).log_prob
     log_ratio = log_prob - samples.old_log_prob
     advantages = (samples.advantages - samples.advantages.mean()) / samples.advantages.std()
     variance = CHI_SQUARE.per_sample(log_ratio).mean()
@@ -69,14 +70,17 @@ class Recorder(BaseCallback):
     def __init__(self, arm: str) -> None:
         super().__init__()
         self.arm = arm
-        self.rollouts: deque[StoredRollout] = deque(maxlen=CAPACITY)
+        self.rollouts: deque[Rollout] = deque(maxlen=CAPACITY)
         self.rows: list[dict[str, object]] = []
 
     def _on_step(self) -> bool:
         return True
 
     def _on_rollout_end(self) -> None:
-        self.rollouts.append(self.model._store_rollout())
+        model = self.model
+        # Copies, as the model is about to train on them
+        parts = model.rollout_buffer, model._last_obs, model._last_episode_starts, model._timeouts
+        self.rollouts.append(Rollout(*copy.deepcopy(parts)))
 
     def _on_rollout_start(self) -> None:
         # The first call comes before the first update, and has nothing to measure

@@ -28,7 +28,8 @@ SENSITIVITY = HERE / "results" / "sensitivity.csv"
 TASK, N_TIMESTEPS, SEEDS = "cheetah-run", 300_000, (0, 1)
 
 #: What R2VPO and R2VPOOff had when these runs were made: no compensation of the entropy, and a constant bonus
-BEFORE = {"compensate_entropy": False, "ent_coef": 0.01, "recompute_advantages": True}
+BEFORE = {"ent_coef": 0.01, "critic_kwargs": {"recompute_advantages": True}}
+OBJECTIVE = {"min_var_coef": 0.3, "compensate_entropy": False}
 #: For each map: the method, and the values of the coefficient on either axis. With the six actions of cheetah-run, the
 #: automatic tolerance is 0.0245
 MAPS: dict[str, tuple[str, dict[str, tuple[float, ...]]]] = {
@@ -62,7 +63,9 @@ def cells() -> Iterator[Cell]:
 def execute(cell: Cell) -> list[dict[str, Any]]:
     name, axes = MAPS[cell.map]
     method = METHODS[name]
-    settings = {**method.settings(TASK), **BEFORE, **dict(zip(axes, (cell.x, cell.y), strict=True))}
+    coefficients = dict(zip(axes, (cell.x, cell.y), strict=True))
+    of_objective = {name: coefficients.pop(name) for name in ("dual_learning_rate",) if name in coefficients}
+    settings = {**method.settings(TASK), **BEFORE, "objective_kwargs": {**OBJECTIVE, **of_objective}, **coefficients}
     rows = train(method.algorithm, settings, TASK, cell.seed, N_TIMESTEPS)
     constants = {name: rows[-1][name] for name in ("std", "var_coef", "ratio_variance", "settings", "versions", "processor")}
     return [{**cell._asdict(), "mean_return": last_quarter(rows), **constants}]

@@ -69,11 +69,17 @@ FINAL_TASKS = (
 )
 FINAL_SEED = 100
 
+
+def floor(min_var_coef: float) -> Settings:
+    """The multiplier's lower bound, without what came after the final round."""
+    return {"objective_kwargs": {"min_var_coef": min_var_coef, "compensate_entropy": False}}
+
+
 #: What studies and the final round begin with: PPO's shipped settings, and nothing that was found after them
 TUNED = {
     "ppo": METHODS["ppo"],
-    "r2vpo": Method(R2VPO, own={"compensate_entropy": False}),
-    "r2vpo_off": Method(R2VPOOff, own={"compensate_entropy": False, "utd_ratio": 2}),
+    "r2vpo": Method(R2VPO, own=floor(0.0)),
+    "r2vpo_off": Method(R2VPOOff, own={**floor(0.0), "utd_ratio": 2}),
 }
 
 #: The kind of a run: a named tuple of what tells it from others, columns of its CSV
@@ -242,36 +248,36 @@ FINALISTS: dict[str, dict[str, Settings]] = {
         "rate 1e-3, raw advantages": {**ON_POLICY, "clip_range": 0.2, **RAW},
     },
     "r2vpo": {
-        "no floor": {**ON_POLICY, "min_var_coef": 0.0, "target_variance": 0.02},
-        "no floor, rate 6e-4": {**ON_POLICY, "min_var_coef": 0.0, "target_variance": 0.02, "learning_rate": "lin_6e-4"},
+        "no floor": {**ON_POLICY, **floor(0.0), "target_variance": 0.02},
+        "no floor, rate 6e-4": {**ON_POLICY, **floor(0.0), "target_variance": 0.02, "learning_rate": "lin_6e-4"},
         "floor 1, rate 6e-4": {
             **ON_POLICY,
             "target_variance": 0.02,
-            "min_var_coef": 1.0,
+            **floor(1.0),
             "learning_rate": "lin_6e-4",
         },
         "floor 0.3, rate 1e-3, 10 epochs": {
             **ON_POLICY,
             "target_variance": 0.02,
-            "min_var_coef": 0.3,
+            **floor(0.3),
             "learning_rate": "lin_1e-3",
             "n_epochs": 10,
         },
         "floor 0.1, rate 1e-3, 10 epochs, raw advantages": {
             **ON_POLICY,
             "target_variance": 0.05,
-            "min_var_coef": 0.1,
+            **floor(0.1),
             "n_epochs": 10,
             **RAW,
             "ent_coef": 0.002,
         },
     },
     "r2vpo_off": {
-        "no floor": {**REPLAY, "min_var_coef": 0.0},
-        "no floor, rate 6e-4": {**REPLAY, "min_var_coef": 0.0, "learning_rate": "lin_6e-4"},
-        "floor 1, rate 6e-4": {**REPLAY, "min_var_coef": 1.0, "learning_rate": "lin_6e-4"},
-        "floor 0.3, rate 6e-4": {**REPLAY, "min_var_coef": 0.3, "learning_rate": "lin_6e-4"},
-        "floor 0.1, rate 1e-3, raw advantages": {**REPLAY, "min_var_coef": 0.1, **RAW},
+        "no floor": {**REPLAY, **floor(0.0)},
+        "no floor, rate 6e-4": {**REPLAY, **floor(0.0), "learning_rate": "lin_6e-4"},
+        "floor 1, rate 6e-4": {**REPLAY, **floor(1.0), "learning_rate": "lin_6e-4"},
+        "floor 0.3, rate 6e-4": {**REPLAY, **floor(0.3), "learning_rate": "lin_6e-4"},
+        "floor 0.1, rate 1e-3, raw advantages": {**REPLAY, **floor(0.1), **RAW},
     },
 }
 

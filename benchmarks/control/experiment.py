@@ -79,9 +79,15 @@ LAYER_NORM = {
     "policy_kwargs": {"net_arch": [128, 128], "features_extractor_kwargs": {"features_dim": 128}, "log_std_init": 0.0},
 }
 # R2VPO's critic, which learns apart, and its policy's rate, which falls with the standard deviation; TUNING.md, steps 18, 19
-SCALED = {"critic_capacity": 2, "critic_gae_lambda": 0.99, "gae_lambda": 0.7, "std_scaled_learning_rate": True}
+CRITIC = {"n_rollouts": 2, "gae_lambda": 0.99, "std_scaled_learning_rate": True}
+SCALED = {"critic_kwargs": CRITIC, "gae_lambda": 0.7}
 # What R2VPO had before
-JOINT = {"gae_lambda": 0.95, "ent_coef": 0.01, "compensate_entropy": False, "recompute_advantages": True}
+JOINT = {
+    "gae_lambda": 0.95,
+    "ent_coef": 0.01,
+    "objective_kwargs": {"min_var_coef": 0.3, "compensate_entropy": False},
+    "critic_kwargs": {"recompute_advantages": True},
+}
 # What R2VPOOff had before: four rollouts of a quarter of the length, white noise, and a critic that learns with the policy
 SHORT = {"n_steps": 32, "replay_capacity": 4, "gae_lambda": 0.95}
 #: Other policies than the comparison's, for annealed PPO and R2VPOOff as it was alike, by what the names of both end with
@@ -116,30 +122,37 @@ METHODS |= {
     # A critic that learns apart, step 17 of TUNING.md
     "r2vpo_off_short_critic": replace(
         METHODS["r2vpo_off_short"],
-        own={**SHORT, "critic_capacity": 8, "critic_gae_lambda": 0.95, "gae_lambda": 0.7, **COMPILED},
+        own={**SHORT, "critic_kwargs": {"n_rollouts": 8, "gae_lambda": 0.95}, "gae_lambda": 0.7, **COMPILED},
     ),
     # R2VPO's settings before: more steps of the critic; white noise; a critic that learns with the policy
-    "r2vpo_twenty_epochs": Method(R2VPO, "r2vpo", without=("critic_epochs",), own=COMPILED),
-    "r2vpo_white": Method(R2VPO, "r2vpo", without=("critic_epochs", "noise_exponent"), own=COMPILED),
-    "r2vpo_joint": Method(R2VPO, "r2vpo", without=("critic_epochs", "noise_exponent", *SCALED), own={**JOINT, **COMPILED}),
+    "r2vpo_twenty_epochs": Method(R2VPO, "r2vpo", without=(), own={"critic_kwargs": CRITIC, **COMPILED}),
+    "r2vpo_white": Method(R2VPO, "r2vpo", without=("noise_exponent",), own={"critic_kwargs": CRITIC, **COMPILED}),
+    "r2vpo_joint": Method(R2VPO, "r2vpo", without=("noise_exponent",), own={**JOINT, **COMPILED}),
     # Between the two: the critic apart, one learning rate for both
     "r2vpo_critic": Method(
-        R2VPO, "r2vpo", without=("critic_epochs", "noise_exponent", "std_scaled_learning_rate"), own=COMPILED
+        R2VPO,
+        "r2vpo",
+        without=("noise_exponent",),
+        own={"critic_kwargs": {"n_rollouts": 2, "gae_lambda": 0.99}, **COMPILED},
     ),
     # PPO with the same: what of it is the critic's and the rate's, and what the objective's
     "ppo_annealed_scaled": Method(PPO, without=(), own={**ANNEALED, **SCALED, **COMPILED}),
     # By a schedule, in place of the critic
-    "r2vpo_colored": Method(R2VPO, "r2vpo", without=("critic_epochs",), own={"noise_exponent": "lin_0.5", **COMPILED}),
+    "r2vpo_colored": Method(
+        R2VPO, "r2vpo", without=(), own={"critic_kwargs": CRITIC, "noise_exponent": "lin_0.5", **COMPILED}
+    ),
     # PPO with R2VPO's noise
     "ppo_annealed_noise": Method(PPO, without=(), own={**ANNEALED, "noise_exponent": "auto", **COMPILED}),
     # With all that R2VPO's settings have besides its objective
     "ppo_annealed_scaled_noise": Method(
-        PPO, without=(), own={**ANNEALED, **SCALED, "critic_epochs": 15, "noise_exponent": "auto", **COMPILED}
+        PPO,
+        without=(),
+        own={**ANNEALED, **SCALED, "critic_kwargs": {**CRITIC, "n_epochs": 15}, "noise_exponent": "auto", **COMPILED},
     ),
     # With what R2VPO's settings had besides it at first
-    "ppo_recompute": Method(PPO, without=(), own={"recompute_advantages": True}),
+    "ppo_recompute": Method(PPO, without=(), own={"critic_kwargs": {"recompute_advantages": True}}),
     # As in the paper, but for the coefficient
-    "r2vpo_fixed": Method(R2VPO, own={"var_coef": 0.3, "compensate_entropy": False, **COMPILED}),
+    "r2vpo_fixed": Method(R2VPO, own={"var_coef": 0.3, "objective_kwargs": {"compensate_entropy": False}, **COMPILED}),
     "spo": Method(R2VPO, own={"objective": "spo", "objective_kwargs": {"clip_range": 0.4}, **COMPILED}),
     "exact_kl": Method(R2VPO, own={"objective": "exact_kl", "objective_kwargs": {"kl_coef": 1.0}, **COMPILED}),
     "trpo": Method(TRPO, without=("clip_range", "n_epochs", "ent_coef"), own={"target_kl": 0.01}),
@@ -153,6 +166,21 @@ def in_our_loop(algorithm: type[OnPolicyAlgorithm], settings: Settings) -> tuple
     arguments = dict(settings)
     clip_range = arguments.pop("clip_range")
     return R2VPO, {**arguments, "objective": "ppo_clip", "objective_kwargs": {"clip_range": clip_range}}
+
+
+def old_names(settings: Settings) -> Settings:
+    """
+    Settings by the names that arguments had up to commit e70198e.
+
+    The column ``settings`` of results that were recorded before then has these, and that commit's package takes them.
+    """
+    arguments = dict(settings)
+    critic = arguments.pop("critic_kwargs", {})
+    critic_names = {"n_rollouts": "critic_capacity", "n_epochs": "critic_epochs", "gae_lambda": "critic_gae_lambda"}
+    arguments |= {critic_names.get(name, name): value for name, value in critic.items()}
+    if arguments.get("objective", "r2vpo").startswith("r2vpo"):
+        arguments |= arguments.pop("objective_kwargs", {})
+    return arguments
 
 
 class Evaluations(BaseCallback):

@@ -22,10 +22,10 @@ from stable_baselines3.common.callbacks import BaseCallback
 from transformers import LlamaForCausalLM
 
 from sb3_r2vpo import R2VPO, R2VPOOff
+from sb3_r2vpo.common.rollout import Rollout
 from sb3_r2vpo.llm import CausalLMPolicy, Sampling, TokenVecEnv
 from sb3_r2vpo.llm.evaluation import evaluate_responses
 from sb3_r2vpo.llm.tasks.biased_teacher import BiasedTeacherTask, imitate, tiny_model
-from sb3_r2vpo.rollout_replay import StoredRollout
 
 RESULTS = Path(__file__).parent / "results"
 CHECKPOINT = Path(__file__).parent / "checkpoints" / "biased_teacher"
@@ -83,7 +83,7 @@ class Method:
                     "objective": name,
                     "var_coef": "auto_0.3",
                     "target_variance": coefficient,
-                    "dual_learning_rate": eta / coefficient,
+                    "objective_kwargs": {"dual_learning_rate": eta / coefficient},
                 }
             case "r2vpo_fixed" | "r2vpo_sequence_fixed":
                 return {"objective": name.removesuffix("_fixed"), "var_coef": coefficient}
@@ -207,23 +207,24 @@ class MeasuredOff(R2VPOOff):
         super()._setup_model()
         self.token_rows: list[dict[str, Any]] = []
 
-    def _refresh(self, rollout: StoredRollout) -> float:
+    def _renew_replayed(self, rollouts: list[Rollout]) -> None:
         n_iterations = self.num_timesteps // self.env.num_envs  # type: ignore[union-attr]
         if n_iterations not in MEASURED_ITERATIONS:
-            return float("nan")
-        staleness = list(self.replay_buffer.rollouts)[::-1].index(rollout)
-        self.token_rows += [{"iteration": n_iterations, "staleness": staleness, **row} for row in self._count_tokens(rollout)]
-        return float("nan")
+            return
+        for staleness, rollout in enumerate(reversed(rollouts[:-1]), start=1):
+            rows = self._count_tokens(rollout)
+            self.token_rows += [{"iteration": n_iterations, "staleness": staleness, **row} for row in rows]
 
     @th.no_grad()
-    def _count_tokens(self, rollout: StoredRollout) -> list[dict[str, Any]]:
+    def _count_tokens(self, rollout: Rollout) -> list[dict[str, Any]]:
         """How many tokens have which ratio, by sign of the advantage and probability under the behaviour policy."""
-        samples = rollout.training_tensors()
+        samples = rollout.training_samples
         if not len(samples.old_log_prob):
             return []
-        log_ratio = (self._evaluate_actions(samples)[1] - samples.old_log_prob)[samples.mask].numpy()  # type: ignore[attr-defined]
-        probability = samples.old_log_prob[samples.mask].exp().numpy()  # type: ignore[attr-defined]
-        positive = (samples.advantages > 0).expand_as(samples.mask)[samples.mask].numpy()  # type: ignore[attr-defined]
+        log_prob = self.evaluate_actions(samples, with_values=False).log_prob
+        log_ratio = (log_prob - samples.old_log_prob)[samples.mask].numpy()
+        probability = samples.old_log_prob[samples.mask].exp().numpy()
+        positive = (samples.advantages > 0).expand_as(samples.mask)[samples.mask].numpy()
         bins = np.digitize(log_ratio, LOG_RATIO_BINS), np.digitize(probability, PROBABILITY_BINS[1:-1])
         table: dict[tuple[bool, int, int], int] = {}
         for cell in zip(positive.tolist(), bins[1].tolist(), bins[0].tolist(), strict=True):
@@ -240,7 +241,7 @@ def train(run: Run, n_iterations: int, held_out: HeldOut) -> tuple[list[dict[str
     env = make_env(task, N_PROMPTS, GROUP_SIZE)
     arguments = METHODS[run.method].arguments(run.method, run.coefficient)
     if run.replay:
-        arguments |= {"replay_capacity": run.replay, "utd_ratio": UTD_RATIO, "recompute_advantages": False}
+        arguments |= {"replay_capacity": run.replay, "utd_ratio": UTD_RATIO, "critic_kwargs": {"recompute_advantages": False}}
     # Responses are weighed alike: a whole response's ratio has one gradient, however many tokens it has
     normalization = "sequence" if "sequence" in run.method else "token"
     model = (MeasuredOff if run.replay else R2VPO)(

@@ -19,6 +19,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable
 from copy import deepcopy
+from importlib import import_module
 from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
@@ -67,7 +68,7 @@ SETTINGS: dict[str, tuple[str, list[int], spaces.Space, spaces.Space, int, int, 
 }
 
 
-def make_learner(arm: str, policy: str, env: Any, net_arch: list[int], **settings: Any) -> Any:
+def make_learner(arm: str, policy: str, env: Any, net_arch: list[int], package: str = "sb3_r2vpo", **settings: Any) -> Any:
     """A learner by the name of its arm. Imports are here, as sbx lives in an environment of its own."""
     policy_kwargs: dict[str, Any] = {"net_arch": {"pi": net_arch, "vf": net_arch}}
     if arm == "sbx PPO":
@@ -79,8 +80,8 @@ def make_learner(arm: str, policy: str, env: Any, net_arch: list[int], **setting
     from sb3_contrib import TRPO
     from stable_baselines3 import PPO
 
-    from sb3_r2vpo import R2VPO, R2VPOOff
-
+    # Ours, or what it was before
+    ours = import_module(package)
     settings = {"policy_kwargs": policy_kwargs, "seed": 0, "device": "cpu", **settings}
     th.set_num_threads(1)
     if arm == "SB3 PPO, fused Adam":
@@ -92,22 +93,24 @@ def make_learner(arm: str, policy: str, env: Any, net_arch: list[int], **setting
         "SB3 PPO": lambda: PPO(policy, env, **settings),
         "SB3 PPO, fused Adam": lambda: PPO(policy, env, **settings),
         "TRPO": lambda: TRPO(policy, env, **settings),
-        "R2VPO, PPO's objective": lambda: R2VPO(policy, env, objective="ppo_clip", **settings),
-        "R2VPO": lambda: R2VPO(policy, env, **settings),
-        "R2VPO, compiled": lambda: R2VPO(policy, env, compile=True, **settings),
-        "R2VPOOff": lambda: R2VPOOff(policy, env, utd_ratio=1.0, **settings),
-        "R2VPOOff, compiled": lambda: R2VPOOff(policy, env, utd_ratio=1.0, compile=True, **settings),
+        "R2VPO, PPO's objective": lambda: ours.R2VPO(policy, env, objective="ppo_clip", **settings),
+        "R2VPO": lambda: ours.R2VPO(policy, env, **settings),
+        "R2VPOOff": lambda: ours.R2VPOOff(policy, env, utd_ratio=1.0, **settings),
     }
-    return learners[arm]()
+    name = arm.removesuffix(", compiled")
+    if name != arm:
+        settings["compile"] = True
+    return learners[name]()
 
 
-def make_update(arm: str, setting: str, device: str = "cpu") -> Callable[[], tuple[float, float]]:
+def make_update(arm: str, setting: str, device: str = "cpu", package: str = "sb3_r2vpo") -> Callable[[], tuple[float, float]]:
     """:return: A function that times one update, in microseconds of wall and of CPU time for each minibatch"""
     policy, net_arch, observation_space, action_space, n_steps, batch_size, n_epochs = SETTINGS[setting]
     env = RandomEnv(observation_space, action_space)
     # sbx has no `device`
-    settings = {} if device == "cpu" else {"device": device}
-    learner = make_learner(arm, policy, env, net_arch, n_steps=n_steps, batch_size=batch_size, n_epochs=n_epochs, **settings)
+    settings: dict[str, Any] = {} if device == "cpu" else {"device": device}
+    settings |= {"n_steps": n_steps, "batch_size": batch_size, "n_epochs": n_epochs}
+    learner = make_learner(arm, policy, env, net_arch, package, **settings)
     n_minibatches = n_epochs * n_steps // batch_size
     # Warm: compiled, allocated, and with a full replay
     learner.learn(n_steps * getattr(learner, "replay_capacity", 1))

@@ -83,6 +83,8 @@ class RatioVarianceAlgorithm(ReplaySaving, RolloutCollection):
     normalize_advantage: bool
     target_kl: float | None
     compile: bool
+    # Of what they stand for
+    policy_loss: PolicyLoss
 
     def _check_batch_size(self, n_envs: int) -> None:
         """Refuse what would make normalised advantages NaN, warn of truncated minibatches; as SB3's PPO does."""
@@ -128,6 +130,8 @@ class RatioVarianceAlgorithm(ReplaySaving, RolloutCollection):
             )
         self.policy.optimizer = with_fewer_operations(self.policy.optimizer, flat=self.compile)
         if self.compile:
+            # Convolutions are faster so on a CPU, by a sixth; their rounding is another one, as that of all compiled code
+            self.policy.to(memory_format=th.channels_last)  # type: ignore[call-overload]
             # Refused now, rather than at the first update
             self._make_descent()
 
@@ -135,10 +139,11 @@ class RatioVarianceAlgorithm(ReplaySaving, RolloutCollection):
         """Make what arguments stand for; again, where one of them has been set since to another value, as SB3's may be."""
         self._check_arguments()
         if self._changed("policy_loss", self.objective, self.var_coef, self.target_variance, self.objective_kwargs):
-            before, self.policy_loss = getattr(self, "policy_loss", None), self._make_policy_loss()
-            if before is not None and before.multiplier.adaptive and self.policy_loss.multiplier.adaptive:
-                self.policy_loss.multiplier.load_state_dict(before.multiplier.state_dict())
-            self.policy_loss.multiplier.to(self.device)
+            policy_loss = self._make_policy_loss()
+            if hasattr(self, "policy_loss") and self.policy_loss.multiplier.adaptive and policy_loss.multiplier.adaptive:
+                policy_loss.multiplier.load_state_dict(self.policy_loss.multiplier.state_dict())
+            policy_loss.multiplier.to(self.device)
+            self.policy_loss = policy_loss
         if self._changed("critic", self.vf_coef, self.clip_range_vf, self.critic_kwargs):
             self.critic = make_critic(self.vf_coef, self.clip_range_vf, **(self.critic_kwargs or {}))
         if self._changed("noise", self.noise_exponent):
@@ -258,7 +263,7 @@ class RatioVarianceAlgorithm(ReplaySaving, RolloutCollection):
 
     def evaluate_actions(self, samples: Any, with_values: bool = True) -> Evaluation:
         """
-        Evaluate stored actions with the current policy; the hook of variants whose policies take more than observations.
+        Evaluate stored actions with the current policy.
 
         :param samples: Of a minibatch
         :param with_values: Whether values are needed
@@ -268,7 +273,16 @@ class RatioVarianceAlgorithm(ReplaySaving, RolloutCollection):
         if isinstance(self.action_space, spaces.Discrete):
             # Convert discrete action from float to long
             actions = actions.long().flatten()
-        return evaluate(self.policy, samples.observations, actions, with_values)
+        return evaluate(self.policy, samples.observations, actions, with_values, **self.policy_inputs(samples))
+
+    def policy_inputs(self, samples: Any) -> dict[str, Any]:
+        """
+        The hook of variants whose policies take more than observations.
+
+        :param samples: Of a minibatch
+        :return: Further arguments of the policy's ``evaluate_actions``, by name
+        """
+        return {}
 
     def _evaluate(self, samples: Any) -> Evaluation:
         """:meth:`evaluate_actions`, with values if the critic learns from them."""

@@ -46,7 +46,7 @@ class RolloutCollection(OnPolicyAlgorithm):
         return super()._init_callback(callback, progress_bar)
 
     def collect_rollouts(
-        self, env: VecEnv, callback: BaseCallback, rollout_buffer: RolloutBuffer, n_rollout_steps: int, *args: Any
+        self, env: VecEnv, callback: BaseCallback, rollout_buffer: RolloutBuffer, n_rollout_steps: int, **kwargs: Any
     ) -> bool:
         self._follow_arguments()
         self._timeouts = Timeouts()
@@ -56,7 +56,7 @@ class RolloutCollection(OnPolicyAlgorithm):
             settings = n_rollout_steps, env.num_envs, self._current_progress_remaining, self._unexplained_variance
             self.logger.record("rollout/noise_exponent", self.noise.start(self.policy, *settings))
         try:
-            finished = self._collect(env, callback, rollout_buffer, n_rollout_steps, *args)
+            finished = self._collect(env, callback, rollout_buffer, n_rollout_steps, **kwargs)
         finally:
             self.noise.stop(self.policy)
         if finished and len(self._timeouts) > 0:
@@ -65,9 +65,9 @@ class RolloutCollection(OnPolicyAlgorithm):
             self._update_unexplained_variance()
         return finished
 
-    def _collect(self, *args: Any) -> bool:
+    def _collect(self, *args: Any, **kwargs: Any) -> bool:
         """Collect one rollout: SB3's loop, or sb3-contrib's in a variant."""
-        return super().collect_rollouts(*args)
+        return super().collect_rollouts(*args, **kwargs)
 
     def _update_info_buffer(self, infos: list[dict[str, Any]], dones: np.ndarray | None = None) -> None:
         """Called at each step before SB3 adds the bootstrapped value to the rewards: note where that is going to happen."""

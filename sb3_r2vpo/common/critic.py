@@ -125,7 +125,7 @@ class SeparateCritic(JointCritic):
     def check(self, policy: ActorCriticPolicy) -> None:
         """:raises ValueError: The critic has no parameters of its own, or the policy no standard deviation to scale by."""
         self._own_names(policy)
-        if self.std_scaled_learning_rate and (policy.use_sde or not hasattr(policy, "log_std")):
+        if self.std_scaled_learning_rate and (not hasattr(policy, "log_std") or policy.use_sde):
             raise ValueError(
                 "`std_scaled_learning_rate` is for Gaussian policies with one standard deviation for all states: with "
                 "continuous actions, without `use_sde`."

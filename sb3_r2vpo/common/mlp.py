@@ -189,6 +189,9 @@ class MlpEvaluation:
     :param with_values: Whether values are needed
     """
 
+    #: Of the distribution, what its gradient takes
+    parts: Any
+
     def __init__(self, net: Networks, features: th.Tensor, actions: th.Tensor, with_values: bool) -> None:
         self.net = net
         # Faster than `no_grad`. Its tensors can't enter a graph, their copies can.
@@ -196,7 +199,7 @@ class MlpEvaluation:
             outputs, self.actor_inputs = net.actor.forward(features)
             values, self.critic_inputs = net.critic.forward(features) if with_values else (None, [])
             if net.log_std is None:
-                self.parts: Any = outputs, actions
+                self.parts = outputs, actions
                 log_prob, entropy = categorical(outputs, actions)
             else:
                 deviation, std = actions - outputs, net.log_std.exp()
@@ -218,15 +221,22 @@ class MlpEvaluation:
         """
         loss.backward()
         with th.inference_mode():
+            log_prob_grad, entropy_grad = _gradient(self.log_prob), self.entropy.grad
             if self.net.log_std is None:
-                outputs_grad = categorical_backward(*self.parts, self.log_prob.grad, self.entropy.grad)
+                outputs, actions = self.parts
+                outputs_grad = categorical_backward(outputs, actions, log_prob_grad, entropy_grad)
             else:
-                gradients = self.log_prob.grad, self.entropy.grad
-                outputs_grad, std_grad = gaussian_backward(*self.parts, *gradients)
-                th.mul(std_grad, self.parts[-1], out=self.net.log_std.grad)
+                deviation, distance, std = self.parts
+                outputs_grad, std_grad = gaussian_backward(deviation, distance, std, log_prob_grad, entropy_grad)
+                th.mul(std_grad, std, out=self.net.log_std.grad)
             self.net.actor.backward(outputs_grad, self.actor_inputs)
             if self.values is not None:
-                self.net.critic.backward(self.values.grad, self.critic_inputs)
+                self.net.critic.backward(_gradient(self.values), self.critic_inputs)
+
+
+def _gradient(leaf: th.Tensor) -> th.Tensor:
+    assert leaf.grad is not None, "The loss does not depend on it"
+    return leaf.grad
 
 
 class ValueRegression:

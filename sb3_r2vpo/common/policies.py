@@ -4,7 +4,6 @@ from typing import Any
 
 import torch as th
 from gymnasium import spaces
-from stable_baselines3.common.distributions import CategoricalDistribution, DiagGaussianDistribution
 from stable_baselines3.common.policies import ActorCriticCnnPolicy, ActorCriticPolicy, MultiInputActorCriticPolicy
 from stable_baselines3.common.preprocessing import get_flattened_obs_dim, preprocess_obs
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
@@ -89,7 +88,9 @@ CnnPolicy = ActorCriticCnnPolicy
 MultiInputPolicy = MultiInputActorCriticPolicy
 
 
-def evaluate(policy: ActorCriticPolicy, obs: PyTorchObs, actions: th.Tensor, with_values: bool = True) -> Evaluation:
+def evaluate(
+    policy: ActorCriticPolicy, obs: PyTorchObs, actions: th.Tensor, with_values: bool = True, **inputs: Any
+) -> Evaluation:
     """
     ``policy.evaluate_actions`` of any policy, with the backward pass that belongs to it.
 
@@ -97,16 +98,17 @@ def evaluate(policy: ActorCriticPolicy, obs: PyTorchObs, actions: th.Tensor, wit
     :param obs: Observations
     :param actions: Actions
     :param with_values: Whether values are needed
+    :param inputs: What the policy takes besides, such as action masks
     :return: The evaluation; ``None`` for values that are not needed
     """
     if isinstance(policy, MlpPolicy) and not th.compiler.is_compiling():
         written_out = policy.evaluate(obs, actions, with_values)
         if written_out is not None:
             return written_out
-    values, log_prob, entropy = policy.evaluate_actions(obs, actions)
+    values, log_prob, entropy = policy.evaluate_actions(obs, actions, **inputs)
     # SB3 leaves the distribution in the policy, with its graph: it would break compiled code in two, and can't be copied
     if hasattr(policy.action_dist, "distribution"):
-        policy.action_dist.distribution = None  # type: ignore[union-attr]
+        policy.action_dist.distribution = None  # type: ignore[assignment]
     return Evaluation(values if with_values else None, log_prob, entropy)
 
 

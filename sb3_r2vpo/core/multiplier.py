@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from numbers import Real
+from typing import Any
 
 import torch as th
 from torch import nn
@@ -24,6 +25,16 @@ def scheduled(value: float | Schedule, progress_remaining: float) -> float:
     :return: The value at this point of training
     """
     return float(value(progress_remaining)) if callable(value) else float(value)
+
+
+def check_coefficient(name: str, value: Any) -> None:
+    """
+    :param name: Of an argument
+    :param value: Its value
+    :raises ValueError: It is not a finite number of at least zero.
+    """
+    if not (isinstance(value, Real) and 0 <= float(value) < math.inf):
+        raise ValueError(f"`{name}` is {value!r}; it must be a number, finite and not negative.")
 
 
 def _initial_value(var_coef: str) -> float:
@@ -58,8 +69,7 @@ class Multiplier(nn.Module):
 
     def __init__(self, var_coef: float | Schedule | str = "auto", minimum: float = 0.0) -> None:
         super().__init__()
-        if not (math.isfinite(minimum) and minimum >= 0):
-            raise ValueError(f"`min_var_coef` is {minimum}; it must be finite and not negative.")
+        check_coefficient("min_var_coef", minimum)
         self.minimum = minimum
         self.adaptive = isinstance(var_coef, str)
         self.fixed: float | Schedule | None = None

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch as th
 
-from sb3_r2vpo.core.multiplier import Multiplier, Schedule, scheduled
+from sb3_r2vpo.core.multiplier import Multiplier, Schedule, check_coefficient, scheduled
 from sb3_r2vpo.core.objectives import OBJECTIVES, entropy_compensation
 
 #: Arguments of the functions that no user gives: the multiplier's value, and a sum over the tokens of a response
@@ -115,8 +115,7 @@ class RatioVarianceLoss(PolicyLoss):
                 f"`target_variance` is {target_variance!r}; it must be positive and finite, such as 0.02, a schedule, or "
                 "'auto'."
             )
-        if not (math.isfinite(dual_learning_rate) and dual_learning_rate >= 0):
-            raise ValueError(f"`dual_learning_rate` is {dual_learning_rate}; it must be finite and not negative.")
+        check_coefficient("dual_learning_rate", dual_learning_rate)
         self.multiplier = Multiplier(var_coef, min_var_coef)
         self.dual_learning_rate = dual_learning_rate
         # Of a whole response, the entropy has no such closed form

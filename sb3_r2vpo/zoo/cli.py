@@ -13,159 +13,30 @@ and all of the Zoo's; environments are Gymnasium's and the DeepMind Control Suit
 """
 
 import argparse
-import inspect
-import runpy
-import sys
 from collections.abc import Callable, Sequence
-from functools import partial
-from pathlib import Path
-
-import rl_zoo3.enjoy
-import rl_zoo3.train
-from huggingface_sb3 import EnvironmentName
 
 from sb3_r2vpo import __version__
-from sb3_r2vpo.zoo import ExperimentManager, register
-from sb3_r2vpo.zoo.companions import matching_statistics
-from sb3_r2vpo.zoo.plots import SOURCES, plot_learning_curves
 
-# Given before the user's own options, which come last and therefore win. One thread, as several are slower for small networks
-# (2.7 times so with two threads and two layers of 64); a library must not set it, a program may.
-TRAIN_DEFAULTS = ("--algo", "r2vpo", "--num-threads", "1")
-ENJOY_DEFAULTS = (*TRAIN_DEFAULTS, "--folder", "logs")
-RECORD_VIDEO_DEFAULTS = ("--algo", "r2vpo", "--folder", "logs")
+#: With the extra of ``setup.cfg`` that each of them needs
+COMMANDS = {"train": "zoo", "enjoy": "zoo", "tune": "zoo", "record-video": "zoo", "plot": "zoo", "llm": "llm"}
 
 
-def train(arguments: Sequence[str]) -> None:
-    """Train an agent, and save it with its settings below logs/<algo>/<env>_<number>. Ctrl-C stops early, and saves.
-
-    examples:
-      r2vpo train --env CartPole-v1
-      r2vpo train --env dm_control/cheetah-run-v0 --vec-env envpool --eval-freq 50000 --save-freq 200000
-      r2vpo train --algo r2vpo_off --env dm_control/cheetah-run-v0 --save-replay-buffer
-      r2vpo train --algo ppo --env dm_control/cheetah-run-v0              the baseline, tuned for the same budget
-      r2vpo train --env dm_control/cheetah-run-v0 --conf-file paper       the paper's own settings
-      r2vpo train --env Pendulum-v1 -params target_variance:0.05 n_epochs:5
-      r2vpo train --env Pendulum-v1 -params "var_coef:'auto_0.5'" "target_variance:'lin_0.05'"
-      r2vpo train --env CartPole-v1 -i logs/r2vpo/CartPole-v1_1/best_model.zip             continue training
-
-    Further to the Zoo's options below:
-      --vec-env envpool   steps DM Control tasks in C++, several times faster: pip install sb3-r2vpo[envpool]
-      --conf-file paper   the paper's settings; by default, those in sb3_r2vpo/hyperparams/<algo>.yml
+def load(command: str) -> Callable[[Sequence[str]], None]:
     """
-    _train("train", [*TRAIN_DEFAULTS, *arguments])
+    Import what a command needs: only now, as the base installation does without.
 
-
-def tune(arguments: Sequence[str]) -> None:
-    """Search hyperparameters with Optuna: for R2VPO, fixed or adaptive multiplier, its initial value, the target variance
-    epsilon, the dual learning rate eta, for R2VPO-OFF capacity and update-to-data ratio, and what PPO has as well.
-
-    examples:
-      r2vpo tune --env CartPole-v1 -n 50000 --n-trials 50
-      r2vpo tune --algo r2vpo_off --env dm_control/walker-run-v0 -n 500000 --vec-env envpool
-      r2vpo tune --env CartPole-v1 --storage sqlite:///study.db --study-name cartpole --max-total-trials 100
-      r2vpo train --env CartPole-v1 --storage logs/optuna.log --study-name r2vpo_CartPole-v1 --trial-id 7
-
-    Trials go to logs/optuna.log, study <algo>_<env>, unless --storage and --study-name say otherwise. Run the command in
-    several processes to share one study, each with another --seed or with none: equal seeds sample equal trials. A trial that
-    diverges is pruned. Tables and plots of the study are written below logs/<algo>/.
+    :param command: Key of ``COMMANDS``
+    :return: The command, a function of its options
+    :raises ModuleNotFoundError: A package is missing.
     """
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--algo", default="r2vpo")
-    parser.add_argument("--env", type=EnvironmentName, default="CartPole-v1")
-    parser.add_argument("-f", "--log-folder", type=Path, default=Path("logs"))
-    known, _ = parser.parse_known_args(arguments)
-    study = ["--storage", str(known.log_folder / "optuna.log"), "--study-name", f"{known.algo}_{known.env}"]
-    _train("tune", [*TRAIN_DEFAULTS, "--optimize-hyperparameters", "--n-trials", "100", *study, *arguments])
+    if command == "llm":
+        from sb3_r2vpo.llm import cli
 
+        return cli.main
+    from sb3_r2vpo.zoo import commands, register
 
-def enjoy(arguments: Sequence[str]) -> None:
-    """Watch a trained agent, by default the latest run's final model.
-
-    examples:
-      r2vpo enjoy --env CartPole-v1
-      r2vpo enjoy --env dm_control/walker-run-v0 --load-best --no-render -n 5000
-      r2vpo enjoy --algo r2vpo_off --env CartPole-v1 --exp-id 2 --load-checkpoint 20000
-
-    The best model and checkpoints run with the normalization statistics saved with them.
-    """
-    with matching_statistics():
-        _run_in_zoo("enjoy", [*ENJOY_DEFAULTS, *arguments], rl_zoo3.enjoy.enjoy)
-
-
-def record_video(arguments: Sequence[str]) -> None:
-    """Record a trained agent as an mp4 file, in the run's folder videos/ or in --output-folder.
-
-    examples:
-      r2vpo record-video --env CartPole-v1 -n 500
-      r2vpo record-video --env dm_control/cheetah-run-v0 --load-best -n 1000 -o videos
-
-    Without a display, DM Control renders with EGL or OSMesa; set MUJOCO_GL to choose.
-    """
-    # The Zoo's script has no function to call, and a new interpreter would not know our algorithms
-    script = partial(runpy.run_module, "rl_zoo3.record_video", run_name="__main__")
-    with matching_statistics():
-        _run_in_zoo("record-video", [*RECORD_VIDEO_DEFAULTS, *arguments], script)
-
-
-def plot(arguments: Sequence[str]) -> None:
-    """Draw learning curves of runs, as a PNG file.
-
-    examples:
-      r2vpo plot logs                                           each environment, algorithms compared, runs averaged
-      r2vpo plot logs/r2vpo/CartPole-v1_1 logs/ppo/CartPole-v1_1                         a curve for each of these
-      r2vpo plot logs --source eval -o evaluations.png
-
-    For tables, and metrics over many tasks: pip install sb3-r2vpo[plots], then `rl_zoo3 all_plots` and `plot_from_file`.
-    """
-    parser = argparse.ArgumentParser(
-        prog="r2vpo plot", description=inspect.getdoc(plot), formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("folders", nargs="+", type=Path, help="runs, or folders with runs below them")
-    parser.add_argument("-o", "--output", type=Path, default=Path("learning_curve.png"), help="file to write (%(default)s)")
-    parser.add_argument("--source", choices=SOURCES, default="train", help="training episodes, or evaluations (%(default)s)")
-    parser.add_argument("-w", "--window", type=int, default=100, help="training episodes in the rolling mean (%(default)s)")
-    options = parser.parse_args(arguments)
-    if options.window < 1:
-        parser.error(f"--window is {options.window}; it must be at least 1")
-    plot_learning_curves(options.folders, options.source, options.window).savefig(options.output, dpi=150)
-    print(f"Wrote {options.output}")
-
-
-def llm(arguments: Sequence[str]) -> None:
-    """Train, evaluate and sample language models: pip install sb3-r2vpo[llm]"""
-    # Not at the top: its packages are an extra, and slow to import
-    from sb3_r2vpo.llm import cli
-
-    cli.main(arguments)
-
-
-def _train(command: str, arguments: Sequence[str]) -> None:
-    """Run the Zoo's training script, with EnvPool among its kinds of environments, which its own parser does not know."""
-    parser = argparse.ArgumentParser(prog=f"r2vpo {command}", add_help=False, allow_abbrev=False)
-    parser.add_argument("--vec-env", choices=["dummy", "subproc", "envpool"], default="dummy")
-    ours, zoos = parser.parse_known_args(arguments)
-    envpool = ours.vec_env == "envpool"
-    rl_zoo3.train.ExperimentManager = partial(ExperimentManager, envpool=envpool)  # type: ignore[misc,assignment]
-    _run_in_zoo(command, [*zoos, "--vec-env", "dummy" if envpool else ours.vec_env], rl_zoo3.train.train)
-
-
-def _run_in_zoo(command: str, arguments: Sequence[str], script: Callable[[], object]) -> None:
-    """Run one of the Zoo's scripts in this interpreter, where our algorithms are registered."""
-    if not {"-h", "--help"}.isdisjoint(arguments):
-        print(inspect.getdoc(COMMANDS[command]), end="\n\n")
-    sys.argv = [f"r2vpo {command}", *arguments]
-    script()
-
-
-COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
-    "train": train,
-    "enjoy": enjoy,
-    "tune": tune,
-    "record-video": record_video,
-    "plot": plot,
-    "llm": llm,
-}
+    register()
+    return commands.COMMANDS[command]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -181,5 +52,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("command", choices=COMMANDS, help=argparse.SUPPRESS)
     parser.add_argument("options", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     parsed = parser.parse_args(arguments)
-    register()
-    COMMANDS[parsed.command](parsed.options)
+    try:
+        command = load(parsed.command)
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package in ("", "sb3_r2vpo"):
+            raise
+        extra = COMMANDS[parsed.command]
+        parser.exit(1, f"`r2vpo {parsed.command}` needs {package}, an extra: pip install 'sb3-r2vpo[{extra}]'\n")
+    command(parsed.options)

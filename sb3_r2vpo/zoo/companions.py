@@ -5,8 +5,8 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import ModuleType
 from typing import Any
-from unittest import mock
 
 import rl_zoo3.enjoy
 import rl_zoo3.utils
@@ -33,6 +33,22 @@ def find_companion(model_path: str, kind: str) -> Path | None:
 
 
 @contextmanager
+def replaced(module: ModuleType, **attributes: Any) -> Iterator[None]:
+    """
+    Give a module other attributes for a while.
+
+    :param module: The module
+    :param attributes: By the names of attributes that it has
+    """
+    originals = {name: getattr(module, name) for name in attributes}
+    vars(module).update(attributes)
+    try:
+        yield
+    finally:
+        vars(module).update(originals)
+
+
+@contextmanager
 def matching_statistics() -> Iterator[None]:
     """Make the Zoo's ``enjoy`` and ``record_video`` run a best model or a checkpoint with its own statistics."""
     zoo_get_model_path, zoo_create_test_env = rl_zoo3.utils.get_model_path, rl_zoo3.utils.create_test_env
@@ -55,6 +71,5 @@ def matching_statistics() -> Iterator[None]:
     with ExitStack() as stack:
         # `enjoy` has imported the functions by name, `record_video` will
         for module in (rl_zoo3.enjoy, rl_zoo3.utils):
-            patch = mock.patch.multiple(module, get_model_path=get_model_path, create_test_env=create_test_env)
-            stack.enter_context(patch)
+            stack.enter_context(replaced(module, get_model_path=get_model_path, create_test_env=create_test_env))
         yield

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import optuna
+import torch as th
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from rl_zoo3.callbacks import SaveVecNormalizeCallback
@@ -23,7 +24,7 @@ from stable_baselines3.common.vec_env import VecEnv, VecMonitor, VecNormalize
 
 from sb3_r2vpo.zoo.companions import find_companion
 from sb3_r2vpo.zoo.plots import plot_study
-from sb3_r2vpo.zoo.settings import find_settings, resolve_activation, split_schedules
+from sb3_r2vpo.zoo.settings import choose_num_threads, find_settings, resolve_activation, split_schedules
 
 
 class ExperimentManager(ZooExperimentManager):
@@ -36,6 +37,7 @@ class ExperimentManager(ZooExperimentManager):
     :param config: ``--conf-file``, see :func:`~sb3_r2vpo.zoo.settings.find_settings`
     :param trial_id: ``--trial-id``: take the hyperparameters of this trial of the study, those of the command line before it
     :param envpool: Whether to step the environments with EnvPool
+    :param choose_threads: Whether to set the number of PyTorch's threads by the size of networks and minibatches
     :param options: The Zoo's other arguments
     :raises ValueError: The trial or its study does not exist
     """
@@ -49,11 +51,12 @@ class ExperimentManager(ZooExperimentManager):
         config: str | None = None,
         trial_id: int | None = None,
         envpool: bool = False,
+        choose_threads: bool = False,
         **options: Any,
     ) -> None:
         options["config"] = find_settings(algo, env_id, config)
         super().__init__(args, algo, env_id, *positional, **options)
-        self.envpool = envpool
+        self.envpool, self.choose_threads = envpool, choose_threads
         if envpool:
             # Keep a true record in the run's `args.yml`: the Zoo's parser has no such choice
             args.vec_env = "envpool"
@@ -91,7 +94,12 @@ class ExperimentManager(ZooExperimentManager):
     ) -> tuple[dict[str, Any], Callable | None, list[BaseCallback], Callable | None]:
         if isinstance(hyperparams.get("policy_kwargs"), dict):
             hyperparams = {**hyperparams, "policy_kwargs": resolve_activation(hyperparams["policy_kwargs"])}
-        return super()._preprocess_hyperparams(hyperparams)
+        processed = super()._preprocess_hyperparams(hyperparams)
+        if self.choose_threads:
+            # In `args.yml` as well
+            self.args.num_threads = choose_num_threads(processed[0])
+            th.set_num_threads(self.args.num_threads)
+        return processed
 
     def create_log_folder(self) -> None:
         if self.optimize_hyperparameters:

@@ -81,6 +81,7 @@ def convert_r2vpo_params(sampled_params: dict[str, Any]) -> dict[str, Any]:
         hyperparams[name] = 2 ** hyperparams.pop(f"{name}_pow")
     for name in ("gamma", "gae_lambda"):
         hyperparams[name] = 1 - hyperparams.pop(f"one_minus_{name}")
+    hyperparams["objective_kwargs"] = {name: hyperparams.pop(name) for name in ("dual_learning_rate", "min_var_coef")}
     hyperparams["policy_kwargs"] = {
         "net_arch": NET_ARCHS[hyperparams.pop("net_arch")],
         "activation_fn": ACTIVATIONS[hyperparams.pop("activation_fn")],

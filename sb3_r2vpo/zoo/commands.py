@@ -1,0 +1,158 @@
+"""What the commands of ``r2vpo`` do; their docstrings are what ``r2vpo <command> --help`` begins with."""
+
+import argparse
+import inspect
+import runpy
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+import rl_zoo3.enjoy
+import rl_zoo3.train
+from huggingface_sb3 import EnvironmentName
+
+from sb3_r2vpo.zoo.companions import matching_statistics
+from sb3_r2vpo.zoo.manager import ExperimentManager
+from sb3_r2vpo.zoo.plots import SOURCES, plot_learning_curves
+
+# Given before the user's own options, which come last and therefore win. One thread, as several are slower for small networks;
+# a library must not set it, a program may. `train` decides by the settings, see `zoo.settings.choose_num_threads`.
+DEFAULTS = ("--algo", "r2vpo")
+ENJOY_DEFAULTS = (*DEFAULTS, "--num-threads", "1", "--folder", "logs")
+RECORD_VIDEO_DEFAULTS = (*DEFAULTS, "--folder", "logs")
+
+
+def train(arguments: Sequence[str]) -> None:
+    """Train an agent, and save it with its settings below logs/<algo>/<env>_<number>. Ctrl-C stops early, and saves.
+
+    examples:
+      r2vpo train --env CartPole-v1
+      r2vpo train --env dm_control/cheetah-run-v0 --vec-env envpool --eval-freq 50000 --save-freq 200000
+      r2vpo train --algo r2vpo_off --env dm_control/cheetah-run-v0 --save-replay-buffer
+      r2vpo train --algo ppo --env dm_control/cheetah-run-v0              the baseline, tuned for the same budget
+      r2vpo train --env dm_control/cheetah-run-v0 --conf-file paper       the paper's own settings
+      r2vpo train --env Pendulum-v1 -params target_variance:0.05 n_epochs:5
+      r2vpo train --env Pendulum-v1 -params "var_coef:'auto_0.5'" "target_variance:'lin_0.05'"
+      r2vpo train --env Pendulum-v1 -params "critic_kwargs:dict(n_rollouts=2)"
+      r2vpo train --env CartPole-v1 -i logs/r2vpo/CartPole-v1_1/best_model.zip             continue training
+
+    Further to the Zoo's options below:
+      --vec-env envpool   steps DM Control tasks in C++, several times faster: pip install 'sb3-r2vpo[envpool]'
+      --conf-file paper   the paper's settings; by default, those in sb3_r2vpo/hyperparams/<algo>.yml
+      --num-threads N     PyTorch's threads. By default one: several are slower for small networks, and for any if the cores
+                          have other work. Two, if there are two CPUs, where batch_size times the weights of one layer of the
+                          settings is 67 million or more, 256 x 256 with 1024 steps, or NatureCNN with 64: nearly twice as
+                          fast on idle cores. -1 for PyTorch's own choice
+    -params replaces a mapping of the settings as a whole, such as policy_kwargs, critic_kwargs or objective_kwargs.
+    """
+    _train("train", [*DEFAULTS, *arguments])
+
+
+def tune(arguments: Sequence[str]) -> None:
+    """Search hyperparameters with Optuna: for R2VPO, fixed or adaptive multiplier, its initial value, the target variance
+    epsilon, the dual learning rate eta, for R2VPO-OFF capacity and update-to-data ratio, and what PPO has as well.
+
+    examples:
+      r2vpo tune --env CartPole-v1 -n 50000 --n-trials 50
+      r2vpo tune --algo r2vpo_off --env dm_control/walker-run-v0 -n 500000 --vec-env envpool
+      r2vpo tune --env CartPole-v1 --storage sqlite:///study.db --study-name cartpole --max-total-trials 100
+      r2vpo train --env CartPole-v1 --storage logs/optuna.log --study-name r2vpo_CartPole-v1 --trial-id 7
+
+    Trials go to logs/optuna.log, study <algo>_<env>, unless --storage and --study-name say otherwise. Run the command in
+    several processes to share one study, each with another --seed or with none: equal seeds sample equal trials. A trial that
+    diverges is pruned. Tables and plots of the study are written below logs/<algo>/.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--algo", default="r2vpo")
+    parser.add_argument("--env", type=EnvironmentName, default="CartPole-v1")
+    parser.add_argument("-f", "--log-folder", type=Path, default=Path("logs"))
+    known, _ = parser.parse_known_args(arguments)
+    study = ["--storage", str(known.log_folder / "optuna.log"), "--study-name", f"{known.algo}_{known.env}"]
+    _train("tune", [*DEFAULTS, "--optimize-hyperparameters", "--n-trials", "100", *study, *arguments])
+
+
+def enjoy(arguments: Sequence[str]) -> None:
+    """Watch a trained agent, by default the latest run's final model.
+
+    examples:
+      r2vpo enjoy --env CartPole-v1
+      r2vpo enjoy --env dm_control/walker-run-v0 --load-best --no-render -n 5000
+      r2vpo enjoy --algo r2vpo_off --env CartPole-v1 --exp-id 2 --load-checkpoint 20000
+
+    The best model and checkpoints run with the normalization statistics saved with them.
+    """
+    with matching_statistics():
+        _run_in_zoo("enjoy", [*ENJOY_DEFAULTS, *arguments], rl_zoo3.enjoy.enjoy)
+
+
+def record_video(arguments: Sequence[str]) -> None:
+    """Record a trained agent as an mp4 file, in the run's folder videos/ or in --output-folder.
+
+    examples:
+      r2vpo record-video --env CartPole-v1 -n 500
+      r2vpo record-video --env dm_control/cheetah-run-v0 --load-best -n 1000 -o videos
+
+    Without a display, DM Control renders with EGL or OSMesa; set MUJOCO_GL to choose.
+    """
+    # The Zoo's script has no function to call, and a new interpreter would not know our algorithms
+    script = partial(runpy.run_module, "rl_zoo3.record_video", run_name="__main__")
+    with matching_statistics():
+        _run_in_zoo("record-video", [*RECORD_VIDEO_DEFAULTS, *arguments], script)
+
+
+def plot(arguments: Sequence[str]) -> None:
+    """Draw learning curves of runs, as a PNG file.
+
+    examples:
+      r2vpo plot logs                                           each environment, algorithms compared, runs averaged
+      r2vpo plot logs/r2vpo/CartPole-v1_1 logs/ppo/CartPole-v1_1                         a curve for each of these
+      r2vpo plot logs --source eval -o evaluations.png
+
+    For tables, and metrics over many tasks: pip install 'sb3-r2vpo[plots]', then `rl_zoo3 all_plots` and `plot_from_file`.
+    """
+    parser = argparse.ArgumentParser(
+        prog="r2vpo plot", description=inspect.getdoc(plot), formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folders", nargs="+", type=Path, help="runs, or folders with runs below them")
+    parser.add_argument("-o", "--output", type=Path, default=Path("learning_curve.png"), help="file to write (%(default)s)")
+    parser.add_argument("--source", choices=SOURCES, default="train", help="training episodes, or evaluations (%(default)s)")
+    parser.add_argument("-w", "--window", type=int, default=100, help="training episodes in the rolling mean (%(default)s)")
+    options = parser.parse_args(arguments)
+    if options.window < 1:
+        parser.error(f"--window is {options.window}; it must be at least 1")
+    plot_learning_curves(options.folders, options.source, options.window).savefig(options.output, dpi=150)
+    print(f"Wrote {options.output}")
+
+
+def _train(command: str, arguments: Sequence[str]) -> None:
+    """Run the Zoo's training script, with what its own parser does not know: EnvPool, and threads by the settings."""
+    parser = argparse.ArgumentParser(prog=f"r2vpo {command}", add_help=False, allow_abbrev=False)
+    parser.add_argument("--vec-env", choices=["dummy", "subproc", "envpool"], default="dummy")
+    parser.add_argument("--num-threads", type=int)
+    ours, zoos = parser.parse_known_args(arguments)
+    envpool = ours.vec_env == "envpool"
+    # A study's trials have networks of all sizes, and are for several processes
+    choose_threads = ours.num_threads is None and command == "train"
+    manager = partial(ExperimentManager, envpool=envpool, choose_threads=choose_threads)
+    rl_zoo3.train.ExperimentManager = manager  # type: ignore[misc,assignment]
+    num_threads = "1" if ours.num_threads is None else str(ours.num_threads)
+    options = ["--vec-env", "dummy" if envpool else ours.vec_env, "--num-threads", num_threads]
+    _run_in_zoo(command, [*zoos, *options], rl_zoo3.train.train)
+
+
+def _run_in_zoo(command: str, arguments: Sequence[str], script: Callable[[], object]) -> None:
+    """Run one of the Zoo's scripts in this interpreter, where our algorithms are registered."""
+    if not {"-h", "--help"}.isdisjoint(arguments):
+        print(inspect.getdoc(COMMANDS[command]), end="\n\n")
+    sys.argv = [f"r2vpo {command}", *arguments]
+    script()
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
+    "train": train,
+    "enjoy": enjoy,
+    "tune": tune,
+    "record-video": record_video,
+    "plot": plot,
+}
