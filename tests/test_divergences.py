@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import integrate, stats
 
-from sb3_r2vpo.divergences import (
+from sb3_r2vpo.core.divergences import (
     CHI_SQUARE,
     F_DIVERGENCES,
     JENSEN_SHANNON,

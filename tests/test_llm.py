@@ -15,7 +15,8 @@ from stable_baselines3.common.env_checker import check_env
 from stable_baselines3.common.evaluation import evaluate_policy
 
 from sb3_r2vpo import R2VPO, R2VPOOff
-from sb3_r2vpo.objectives import OBJECTIVES
+from sb3_r2vpo.common.rollout import passes
+from sb3_r2vpo.core.objectives import OBJECTIVES
 
 transformers = pytest.importorskip("transformers")
 
@@ -30,7 +31,7 @@ from sb3_r2vpo.llm import (  # noqa: E402
     TokenEnv,
     TokenVecEnv,
 )
-from sb3_r2vpo.llm.policy import kl_divergence  # noqa: E402
+from sb3_r2vpo.llm.models import kl_divergence  # noqa: E402
 from sb3_r2vpo.llm.sampling import truncate_logits  # noqa: E402
 from sb3_r2vpo.llm.sequence_buffer import group_advantages  # noqa: E402
 
@@ -410,7 +411,7 @@ def test_topr_has_a_sequence_and_a_token_form():
     for objective in ("topr", "topr_token"):
         model = R2VPO(CausalLMPolicy, vec_env(), objective=objective, **SEQUENCES, policy_kwargs={"model": tiny_model()})
         log_ratio = th.tensor([[-0.5, -0.25, 0.0]], requires_grad=True)
-        losses, _ = OBJECTIVES[objective](log_ratio, th.tensor([[-1.0]]), **model._sequence_arguments(log_ratio))
+        losses, _ = model.policy_loss(log_ratio, th.tensor([[-1.0]]))
         losses.sum().backward()
         gradients[objective] = log_ratio.grad[0]
     th.testing.assert_close(gradients["topr"], th.full((3,), math.exp(-0.75)))
@@ -420,7 +421,7 @@ def test_topr_has_a_sequence_and_a_token_form():
 def test_compilation_is_refused():
     """It would work, in pieces, but compile anew for each length of prompt and response."""
     policy_kwargs = {"model": tiny_model(), "optimizer_class": th.optim.Adam}
-    with pytest.raises(ValueError, match="`compile=True` is not for responses"):
+    with pytest.raises(ValueError, match="`compile=True` is not for sequences"):
         R2VPO(CausalLMPolicy, vec_env(), compile=True, policy_kwargs=policy_kwargs, **SEQUENCES)
 
 
@@ -447,9 +448,9 @@ def test_r2vpo_constrains_whole_responses():
     th.nn.utils.clip_grad_norm_(initial.parameters(), model.max_grad_norm)
     optimizer.step()
     log_prob = initial.evaluate_actions(batch.observations, batch.actions)[1].detach()
-    deviation = (log_prob - batch.old_log_prob).sum(-1, keepdim=True).expm1().expand_as(batch.mask)
-    # Token by token, so that long responses weigh more in the statistic
-    expected = deviation.square()[batch.mask].mean().item() / 2
+    deviation = (log_prob - batch.old_log_prob).sum(-1).expm1()
+    # Each response counts once, as in the loss: the dual step is on the constraint that is penalised
+    expected = deviation.square().mean().item() / 2
     assert logged(model)["train/ratio_variance"] == pytest.approx(expected, rel=1e-3)
 
 
@@ -463,7 +464,7 @@ def test_padding_takes_no_part():
     assert (lengths == 0).any()
     assert (lengths[buffer.selected_indices] > 0).all()
     assert len(buffer.selected_indices) == (lengths > 0).sum()
-    for batch in next(model.replay_buffer.passes(8, n_passes=1)):
+    for batch in next(passes(model.replay_buffer.newest(2), 8, n_passes=1)):
         assert batch.mask.any(-1).all()
         assert (batch.old_log_prob[~batch.mask] == 0).all()
     # Both turns of a conversation have one advantage
@@ -494,6 +495,24 @@ def test_uniform_groups_can_be_left_out():
         before = deepcopy(model.policy.state_dict())
         model.learn(32)
         th.testing.assert_close(model.policy.state_dict(), before, atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["group", "gae"])
+@pytest.mark.parametrize("max_turns", [1, 2])
+def test_advantages_of_replayed_responses_are_what_they_were(kind, max_turns):
+    """Computed anew with the same critic, over several steps, and turns of conversations."""
+    task = Echo() if max_turns == 1 else Countdown()
+    env = vec_env(task, max_turns=max_turns, max_reply_tokens=1)
+    settings = {**SEQUENCES, "n_steps": 4, "learning_rate": 0.0}
+    policy_kwargs = {"model": tiny_model(), "value_head": kind == "gae"}
+    kwargs = {"rollout_buffer_kwargs": {"advantage": kind}, "policy_kwargs": policy_kwargs}
+    model = R2VPOOff(CausalLMPolicy, env, **settings, **kwargs).learn(4 * env.num_envs)
+    (rollout,) = model.replay_buffer.rollouts
+    advantages, returns = rollout.buffer.advantages.copy(), rollout.buffer.returns.copy()
+    assert len(np.unique(advantages)) > 2
+    rollout.renew(model.predict_values, model.gamma, model.gae_lambda)
+    np.testing.assert_allclose(rollout.buffer.advantages, advantages, atol=1e-5)
+    np.testing.assert_allclose(rollout.buffer.returns, returns, atol=1e-5)
 
 
 def test_value_head_and_gae():
@@ -705,7 +724,7 @@ def test_missing_extra_is_named(monkeypatch):
     for name in [name for name in sys.modules if name.startswith("sb3_r2vpo.llm")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(ImportError, match=r"pip install sb3-r2vpo\[llm\]"):
+    with pytest.raises(ImportError, match=r"pip install 'sb3-r2vpo\[llm\]'"):
         importlib.import_module("sb3_r2vpo.llm")
 
 

@@ -91,7 +91,7 @@ def test_training_goes_on_exactly_from_a_checkpoint(algorithm, tmp_path):
     resumed.learn(48, reset_num_timesteps=False)
     assert resumed.num_timesteps == model.num_timesteps
     th.testing.assert_close(resumed.policy.state_dict(), model.policy.state_dict(), atol=0, rtol=0)
-    assert resumed.dual.value == model.dual.value
+    assert resumed.policy_loss.multiplier.value == model.policy_loss.multiplier.value
 
 
 def test_bad_configs_are_refused(config_path):

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import pickle
 
 import gymnasium as gym
 import numpy as np
@@ -18,9 +19,9 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.utils import LinearSchedule
 
 from sb3_r2vpo import R2VPO, R2VPOOff
-from sb3_r2vpo.minibatches import rollout_tensors
+from sb3_r2vpo.common.distributions import CorrelatedGaussianDistribution
+from sb3_r2vpo.common.exploration import auto_exponent, colored_noise, unexplained_variance
 from sb3_r2vpo.r2vpo import CensoredMlpPolicy, LayerNormMlpPolicy
-from sb3_r2vpo.r2vpo.noise import auto_exponent, colored_noise, unexplained_variance
 
 PLANE = spaces.Box(-1, 1, (2,))
 
@@ -61,7 +62,8 @@ def test_numbers_of_a_step_are_independent():
 
 def rollout_noise(model) -> np.ndarray:
     """What was added to the mean actions, in standard deviations; shape ``(n_steps, n_envs, n_actions)``."""
-    samples = rollout_tensors(model.rollout_buffer)
+    # The update has put the rollout into sampling order
+    samples = model.rollout_buffer._get_samples(slice(None))
     with th.no_grad():
         distribution = model.policy.get_distribution(samples.observations)
         th.testing.assert_close(distribution.log_prob(samples.actions), samples.old_log_prob)
@@ -86,7 +88,8 @@ def test_a_rollout_has_the_noise_of_its_exponent(algorithm, policy, action_space
         noise = rollout_noise(model)
         assert noise.std() == pytest.approx(1.0, abs=0.1)
         correlations.append(correlation_of_neighbours(noise))
-        assert "forward" not in vars(model.policy)
+        # Between rollouts, noise is white
+        assert getattr(model.policy.action_dist, "noise", None) is None
     assert correlations[0] == pytest.approx(0.0, abs=0.1)
     assert correlations[1] > 0.5
 
@@ -177,7 +180,7 @@ class Shares(Exponents):
         with th.no_grad():
             last_values = self.model.policy.predict_values(th.as_tensor(self.locals["new_obs"]))
             timeouts = self.model._timeouts
-            bootstraps = self.model.policy.predict_values(th.as_tensor(timeouts.stacked_observations())).flatten()
+            bootstraps = self.model.policy.predict_values(th.as_tensor(np.stack(timeouts.observations))).flatten()
         rollout.compute_returns_and_advantage(last_values, self.locals["dones"])
         errors = rollout.advantages.copy()
         rollout.rewards[timeouts.steps, timeouts.envs] -= self.model.gamma * bootstraps.numpy()
@@ -186,12 +189,12 @@ class Shares(Exponents):
         self.shares.append(min(1.0, errors.var() / rollout.advantages.var()))
 
 
-@pytest.mark.parametrize("critic_capacity", [None, 2])
+@pytest.mark.parametrize("critic_kwargs", [None, {"n_rollouts": 2}])
 @pytest.mark.parametrize("algorithm", [R2VPO, R2VPOOff])
-def test_auto_exponent_is_of_what_the_critic_has_not_foreseen(algorithm, critic_capacity):
+def test_auto_exponent_is_of_what_the_critic_has_not_foreseen(algorithm, critic_kwargs):
     """Pink before the first rollout; afterwards of the last one's rewards, by the values that were collected with them."""
     env, callback = make_vec_env(lambda: RandomEnv(VECTOR, PLANE), n_envs=4, seed=0), Shares()
-    settings = SMALL | {"learning_rate": 1e-3, "critic_capacity": critic_capacity, "noise_exponent": "auto"}
+    settings = SMALL | {"learning_rate": 1e-3, "critic_kwargs": critic_kwargs, "noise_exponent": "auto"}
     algorithm("MlpPolicy", env, **settings).learn(4 * 4 * 32, callback=callback)
     assert len(callback.model._timeouts) > 0
     assert callback.exponents[0] == 1.0
@@ -248,20 +251,95 @@ class Predictions(BaseCallback):
         return True
 
 
-def predict(model) -> np.ndarray:
-    with th.random.fork_rng():
-        th.manual_seed(5)
-        return model.predict(np.zeros((7, 3), dtype=np.float32), deterministic=False)[0]
+def predict(model) -> list[np.ndarray]:
+    """With another number of environments, with the same, and by other ways to act."""
+    results = []
+    for n_envs in (7, 2):
+        obs = np.zeros((n_envs, 3), dtype=np.float32)
+        with th.random.fork_rng():
+            th.manual_seed(5)
+            results.append(model.predict(obs, deterministic=False)[0])
+            with th.no_grad():
+                results += [model.policy(th.as_tensor(obs))[0].numpy(), model.policy(th.as_tensor(obs), True)[0].numpy()]
+            results.append(model.policy(th.as_tensor(obs))[0].detach().numpy())
+    return results
 
 
-def test_other_calls_than_the_collections_have_white_noise():
-    """Those of `predict`, with another number of environments."""
+@pytest.mark.parametrize("policy", ["MlpPolicy", LayerNormMlpPolicy])
+def test_other_calls_than_the_collections_have_white_noise(policy):
     env = make_vec_env("Pendulum-v1", n_envs=2, seed=0)
-    model, callback = R2VPO("MlpPolicy", env, noise_exponent=1.0, **SMALL | {"learning_rate": 0.0}), Predictions()
+    model, callback = R2VPO(policy, env, noise_exponent=1.0, **SMALL | {"learning_rate": 0.0}), Predictions()
     expected = predict(model)
     model.learn(64, callback=callback)
     assert len(callback.predictions) == 32
-    assert all(np.array_equal(actions, expected) for actions in callback.predictions)
+    for actions in (*callback.predictions, predict(model)):
+        assert all(np.array_equal(a, b) for a, b in zip(actions, expected, strict=True))
+
+
+class AsksBeforehand(BaseCallback):
+    """Asks the policy for actions before the first step of each rollout, with as many environments."""
+
+    def _on_rollout_start(self) -> None:
+        predict(self.model)
+
+    def _on_step(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("policy", ["MlpPolicy", LayerNormMlpPolicy])
+def test_noise_of_the_first_step_is_the_collections(policy):
+    rollouts = []
+    for callback in (None, AsksBeforehand()):
+        env = make_vec_env("Pendulum-v1", n_envs=2, seed=0)
+        model = R2VPO(policy, env, noise_exponent=1.0, **SMALL | {"learning_rate": 0.0}).learn(64, callback=callback)
+        rollouts.append(rollout_noise(model))
+    np.testing.assert_array_equal(*rollouts)
+
+
+class Stop(Exception):
+    pass
+
+
+class CopiesAndStops(BaseCallback):
+    def _on_step(self) -> bool:
+        assert self.model.policy.action_dist.noise is not None
+        self.copies = copy.deepcopy(self.model.policy), pickle.loads(pickle.dumps(self.model.policy))
+        raise Stop
+
+
+@pytest.mark.parametrize("policy", ["MlpPolicy", LayerNormMlpPolicy])
+def test_noise_is_correlated_no_longer_than_the_collection_lasts(policy):
+    """Nor in copies of the policy, such as a callback may make; they act with their own weights."""
+    env = make_vec_env("Pendulum-v1", n_envs=2, seed=0)
+    model, callback = R2VPO(policy, env, noise_exponent=1.0, **SMALL), CopiesAndStops()
+    with pytest.raises(Stop):
+        model.learn(64, callback=callback)
+    assert isinstance(model.policy.action_dist, CorrelatedGaussianDistribution)
+    assert model.policy.action_dist.noise is None
+    expected = predict(model)
+    with th.no_grad():
+        for parameter in model.policy.parameters():
+            parameter.zero_()
+    for model.policy in callback.copies:
+        assert getattr(model.policy.action_dist, "noise", None) is None
+        assert all(np.array_equal(a, b) for a, b in zip(predict(model), expected, strict=True))
+
+
+@pytest.mark.parametrize("policy", ["MlpPolicy", LayerNormMlpPolicy])
+def test_policy_with_correlated_noise_is_trained_as_ever(policy):
+    """The distribution that gives it has the same log-probabilities and entropies, with the same gradients."""
+    env = RandomEnv(VECTOR, PLANE)
+    model = R2VPO(policy, env, noise_exponent=1.0, **SMALL | {"learning_rate": 0.0}).learn(32)
+    white = R2VPO(policy, env, **SMALL)
+    samples = model.rollout_buffer._get_samples(slice(None))
+    results = []
+    for trained in (model, white):
+        trained.policy.zero_grad()
+        values, log_prob, entropy = trained.policy.evaluate_actions(samples.observations, samples.actions)
+        (values.mean() + log_prob.mean() + entropy.mean()).backward()
+        results.append([values, log_prob, entropy, *(parameter.grad for parameter in trained.policy.parameters())])
+    for a, b in zip(*results, strict=True):
+        assert th.equal(a, b)
 
 
 def test_evaluation_beside_the_collection_and_a_loaded_model(tmp_path):

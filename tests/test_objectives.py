@@ -5,24 +5,21 @@ import torch as th
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sb3_r2vpo.objectives import (
+from sb3_r2vpo.core.batch import constant_length_mean, mean, sequence_mean, token_mean
+from sb3_r2vpo.core.objectives import (
     MAX_LOG_RATIO,
     OBJECTIVES,
     clip_higher,
-    constant_length_mean,
     entropy_compensation,
     exact_kl,
     gppo,
     importance_ratio,
-    mean,
     ppo_clip,
     r2vpo,
     r2vpo_sequence,
     ratio_minus_one,
     ratio_statistics,
-    sequence_mean,
     spo,
-    token_mean,
     topr,
 )
 

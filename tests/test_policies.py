@@ -14,12 +14,10 @@ from stable_baselines3 import PPO
 from stable_baselines3.common.policies import ActorCriticPolicy
 
 from sb3_r2vpo import R2VPO, R2VPOOff
-from sb3_r2vpo.optim import FlatAdam
-from sb3_r2vpo.r2vpo import CensoredMlpPolicy, LayerNormMlpPolicy
-from sb3_r2vpo.r2vpo.distributions import CensoredGaussianDistribution, censored_gaussian
-from sb3_r2vpo.r2vpo.evaluation import evaluate_actions
-from sb3_r2vpo.r2vpo.plain_mlp import PlainMlp, is_plain_mlp
-from sb3_r2vpo.r2vpo.policies import LayerNormTanh
+from sb3_r2vpo.common.distributions import CensoredGaussianDistribution, censored_gaussian
+from sb3_r2vpo.common.policies import LayerNormTanh, regress_values
+from sb3_r2vpo.common.policies import evaluate as evaluate_policy
+from sb3_r2vpo.r2vpo import CensoredMlpPolicy, CnnPolicy, LayerNormMlpPolicy, MlpPolicy, MultiInputPolicy
 
 OBSERVATIONS, ACTIONS = spaces.Box(-np.inf, np.inf, (5,)), spaces.Box(-1, 1, (3,))
 #: Nodes and weights of Gauss-Legendre quadrature from -1 to 1
@@ -59,7 +57,7 @@ def test_actor_and_critic_share_no_weights():
     assert all(p.grad is None for p in policy.mlp_extractor.policy_net.parameters())
 
 
-@pytest.mark.parametrize("policy_class", [LayerNormMlpPolicy, CensoredMlpPolicy])
+@pytest.mark.parametrize("policy_class", [LayerNormMlpPolicy, CensoredMlpPolicy, MlpPolicy])
 @pytest.mark.parametrize("algorithm", [R2VPO, R2VPOOff, PPO])
 def test_every_on_policy_algorithm_trains_it_and_loads_it(algorithm, policy_class, tmp_path):
     arguments = {"n_steps": 64, "batch_size": 32, "n_epochs": 2, "seed": 0, "device": "cpu"}
@@ -193,34 +191,38 @@ def test_samples_beyond_a_bound_say_no_more_about_the_mean_than_the_bound():
         assert (policy.action_net.bias.grad.abs().max() > 0) == informative
 
 
-@pytest.mark.parametrize("has_entropy", [True, False])
-def test_fast_paths_of_the_censored_policy_agree_with_it(has_entropy):
-    policy = CensoredMlpPolicy(OBSERVATIONS, ACTIONS, lambda _: 1e-3)
-    observations, actions = th.randn(50, 5), 2 * th.randn(50, 3)
-
-    def loss(values, log_prob, entropy) -> th.Tensor:
-        return values.mean() + log_prob.exp().mean() + has_entropy * 0.3 * entropy.mean()
-
+@pytest.mark.parametrize("policy_class", [CensoredMlpPolicy, LayerNormMlpPolicy])
+def test_evaluation_of_these_policies_is_their_own(policy_class):
+    """Values, log-probabilities, entropies and gradients, which no written-out pass stands for."""
+    policy = policy_class(OBSERVATIONS, ACTIONS, lambda _: 1e-3)
+    observations, actions, returns = th.randn(50, 5), 2 * th.randn(50, 3), th.randn(50)
     results = []
-    for evaluation in (policy.evaluate_actions(observations, actions), evaluate_actions(policy, observations, actions)):
-        policy.zero_grad()
-        loss(*evaluation).backward()
-        results.append([evaluation, [parameter.grad.clone() for parameter in policy.parameters()]])
-    assert is_plain_mlp(policy)
-    FlatAdam(policy.parameters()).share_gradients()
-    by_hand = PlainMlp(policy, entropy_gradient=has_entropy)
-    # Twice: gradients of the first must not be left
-    for _ in range(2):
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            evaluation = by_hand.evaluate_actions(observations, actions)
-            by_hand.backward(loss(*evaluation))
-    results.append([evaluation, [parameter.grad for parameter in policy.parameters()]])
-    expected_evaluation, expected_gradients = results[0]
-    for evaluation, gradients in results[1:]:
-        for value, expected in zip(evaluation, expected_evaluation, strict=True):
-            th.testing.assert_close(value.flatten(), expected.flatten())
-        th.testing.assert_close(gradients, expected_gradients)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for values, log_prob, entropy, *_ in (
+            policy.evaluate_actions(observations, actions),
+            evaluate_policy(policy, observations, actions),
+        ):
+            policy.zero_grad()
+            (values.mean() + log_prob.exp().mean() + 0.3 * entropy.mean()).backward()
+            results.append([values, log_prob, entropy, *(parameter.grad.clone() for parameter in policy.parameters())])
+        loss, _ = regress_values(policy, observations, returns)
+    assert all(th.equal(a, b) for a, b in zip(*results, strict=True))
+    assert th.equal(loss, th.nn.functional.mse_loss(policy.predict_values(observations).flatten(), returns))
+    assert evaluate_policy(policy, observations, actions, with_values=False).values is None
+
+
+def test_policies_have_the_names_and_the_weights_of_sb3s():
+    assert R2VPO.policy_aliases.keys() == PPO.policy_aliases.keys()
+    for name, policy_class in {"MlpPolicy": MlpPolicy, "CnnPolicy": CnnPolicy, "MultiInputPolicy": MultiInputPolicy}.items():
+        assert R2VPO.policy_aliases[name] is R2VPOOff.policy_aliases[name] is policy_class
+        assert issubclass(policy_class, PPO.policy_aliases[name])
+    th.manual_seed(0)
+    ours = MlpPolicy(OBSERVATIONS, ACTIONS, lambda _: 1e-3).state_dict()
+    th.manual_seed(0)
+    theirs = ActorCriticPolicy(OBSERVATIONS, ACTIONS, lambda _: 1e-3).state_dict()
+    assert list(ours) == list(theirs)
+    assert all(th.equal(ours[name], theirs[name]) for name in theirs)
 
 
 def test_what_has_no_bounds_can_not_be_censored():

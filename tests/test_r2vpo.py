@@ -8,6 +8,7 @@ import torch as th
 from gymnasium import spaces
 from helpers import SMALL, VECTOR, RandomEnv, logged, weights
 from stable_baselines3 import PPO
+from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.envs import FakeImageEnv, SimpleMultiObsEnv
 from stable_baselines3.common.evaluation import evaluate_policy
@@ -19,13 +20,26 @@ from stable_baselines3.common.utils import LinearSchedule
 from stable_baselines3.common.vec_env import DummyVecEnv
 
 from sb3_r2vpo import R2VPO, R2VPOOff
-from sb3_r2vpo.dual import DEFAULT_INITIAL_VAR_COEF
-from sb3_r2vpo.objectives import OBJECTIVES
-from sb3_r2vpo.optim import descend
-from sb3_r2vpo.r2vpo.critic import critic_parameters
-from sb3_r2vpo.r2vpo.statistics import gradient_norms
+from sb3_r2vpo.common.critic import critic_parameters
+from sb3_r2vpo.common.rollout import Rollout, passes
+from sb3_r2vpo.core.batch import Minibatch
+from sb3_r2vpo.core.multiplier import DEFAULT_INITIAL_VAR_COEF
+from sb3_r2vpo.core.objectives import OBJECTIVES
+from sb3_r2vpo.core.optim import Descent
+from sb3_r2vpo.core.statistics import gradient_norms
+from sb3_r2vpo.core.update import step as gradient_step
 
 ALGORITHMS = [R2VPO, R2VPOOff]
+
+
+def multiplier(model) -> float:
+    return model.policy_loss.multiplier.value.item()
+
+
+def target_variance(model, progress_remaining: float = 1.0) -> float:
+    model.policy_loss.follow_schedules(progress_remaining)
+    return model.policy_loss.target_variance.item()
+
 
 # --- equality with PPO -----------------------------------------------------------------------------------------------
 
@@ -54,17 +68,17 @@ def test_ppo_clip_with_a_schedule_is_sb3_ppo_bit_for_bit():
     assert th.equal(weights(ppo), weights(ours))
 
 
-CRITIC_APART = {"critic_capacity": 2, "critic_epochs": 3, "critic_gae_lambda": 0.99, "gae_lambda": 0.7}
+CRITIC_APART = {"critic_kwargs": {"n_rollouts": 2, "n_epochs": 3, "gae_lambda": 0.99}, "gae_lambda": 0.7}
 
 
 @pytest.mark.parametrize("env_id", ["CartPole-v1", "Pendulum-v1"])
-@pytest.mark.parametrize("options", [{}, CRITIC_APART])
+@pytest.mark.parametrize("options", [{}, CRITIC_APART, {"critic_kwargs": {"recompute_advantages": True}}])
 def test_off_with_capacity_1_and_utd_1_is_on_bit_for_bit(env_id, options):
     settings = {"n_steps": 128, "batch_size": 48, "seed": 3, "device": "cpu", "target_variance": 0.02, **options}
     on = R2VPO("MlpPolicy", env_id, **settings).learn(4 * 128)
     off = R2VPOOff("MlpPolicy", env_id, replay_capacity=1, utd_ratio=1, **settings).learn(4 * 128)
     assert th.equal(weights(on), weights(off))
-    assert on.dual.value.item() == off.dual.value.item()
+    assert multiplier(on) == multiplier(off)
 
 
 # --- the entropy of a Gaussian policy ---------------------------------------------------------------------------------
@@ -72,8 +86,17 @@ def test_off_with_capacity_1_and_utd_1_is_on_bit_for_bit(env_id, options):
 
 @pytest.mark.parametrize("compensate_entropy", [False, True])
 def test_constraint_has_no_pull_on_the_standard_deviations_when_it_is_compensated(compensate_entropy):
-    model = R2VPO("MlpPolicy", RandomEnv(VECTOR, spaces.Box(-1, 1, (2,))), compensate_entropy=compensate_entropy, **SMALL)
-    n_samples, distance, var_coef = 400_000, 0.1, 2.0
+    n_samples, distance, var_coef, learning_rate = 400_000, 0.1, 2.0, 1e-3
+    model = R2VPO(
+        "MlpPolicy",
+        RandomEnv(VECTOR, spaces.Box(-1, 1, (2,))),
+        learning_rate=learning_rate,
+        max_grad_norm=None,
+        var_coef=var_coef,
+        objective_kwargs={"compensate_entropy": compensate_entropy},
+        policy_kwargs={"optimizer_class": th.optim.SGD},
+        **SMALL,
+    )
     observations = th.randn(n_samples, 3)
     with th.no_grad():
         actions, _, log_prob = model.policy(observations)
@@ -81,8 +104,9 @@ def test_constraint_has_no_pull_on_the_standard_deviations_when_it_is_compensate
         model.policy.action_net.bias += distance
     nothing = th.zeros(n_samples)
     rollout_data = RolloutBufferSamples(observations, actions, nothing, log_prob, nothing, nothing)
-    loss, parts = model._loss(rollout_data, {"var_coef": th.tensor(var_coef)}, th.tensor(0.0), None)
-    (gradient,) = th.autograd.grad(loss, model.policy.log_std)
+    parts = gradient_step(model._make_update(), Minibatch(rollout_data))
+    # The step of plain gradient descent tells the gradient, to the digits that are left of a standard deviation of one
+    gradient = -model.policy.log_std.detach() / learning_rate
     variance = math.expm1(2 * distance**2)
     assert parts["ratio_variance"].item() == pytest.approx(variance, rel=0.02)
     pull = 2 * var_coef * distance**2 * (1 + variance)
@@ -93,14 +117,19 @@ def test_constraint_has_no_pull_on_the_standard_deviations_when_it_is_compensate
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_entropy_is_compensated_for_continuous_actions_only(algorithm):
-    def trained(env_id, **kwargs):
-        return weights(algorithm("MlpPolicy", env_id, **{**SMALL, **kwargs}).learn(96))
+    def trained(env_id, compensate_entropy):
+        kwargs = {"compensate_entropy": compensate_entropy}
+        model = algorithm("MlpPolicy", env_id, objective_kwargs=kwargs, **SMALL).learn(96)
+        assert ("train/ent_coef" in logged(model)) == (env_id == "Pendulum-v1" and compensate_entropy)
+        return weights(model)
 
-    assert not th.equal(trained("Pendulum-v1"), trained("Pendulum-v1", compensate_entropy=False))
-    assert th.equal(trained("CartPole-v1"), trained("CartPole-v1", compensate_entropy=False))
+    assert not th.equal(trained("Pendulum-v1", True), trained("Pendulum-v1", False))
+    assert th.equal(trained("CartPole-v1", True), trained("CartPole-v1", False))
     # A baseline stays what its authors made it
-    baseline = {"objective": "spo"}
-    assert th.equal(trained("Pendulum-v1", **baseline), trained("Pendulum-v1", **baseline, compensate_entropy=False))
+    baseline = algorithm("MlpPolicy", "Pendulum-v1", objective="spo", **SMALL).learn(96)
+    assert "train/ent_coef" not in logged(baseline)
+    with pytest.raises(ValueError, match=r"got `objective_kwargs` \['compensate_entropy'\]"):
+        algorithm("MlpPolicy", "Pendulum-v1", objective="spo", objective_kwargs={"compensate_entropy": False}, **SMALL)
 
 
 # --- all that PPO runs on ----------------------------------------------------------------------------------------------
@@ -180,8 +209,11 @@ def test_objectives_differ():
 # --- the multiplier ----------------------------------------------------------------------------------------------------
 
 
+FAST = {"dual_learning_rate": 1.0}
+
+
 def test_adaptive_multiplier_holds_the_target_variance():
-    model = R2VPO("MlpPolicy", "CartPole-v1", n_steps=512, target_variance=0.01, dual_learning_rate=1.0, seed=0, device="cpu")
+    model = R2VPO("MlpPolicy", "CartPole-v1", n_steps=512, target_variance=0.01, objective_kwargs=FAST, seed=0, device="cpu")
     variances = []
     train = model.train
 
@@ -196,12 +228,13 @@ def test_adaptive_multiplier_holds_the_target_variance():
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_multiplier_does_not_fall_below_its_minimum(algorithm, tmp_path):
-    model = algorithm("MlpPolicy", "CartPole-v1", target_variance=10.0, dual_learning_rate=1.0, min_var_coef=0.4, **SMALL)
+    kwargs = {**FAST, "min_var_coef": 0.4}
+    model = algorithm("MlpPolicy", "CartPole-v1", target_variance=10.0, objective_kwargs=kwargs, **SMALL)
     model.learn(128)
     assert logged(model)["train/var_coef"] == pytest.approx(0.4)
     model.save(tmp_path / "model")
-    lowered = algorithm.load(tmp_path / "model", env=model.env, min_var_coef=0.0)
-    assert algorithm.load(tmp_path / "model").min_var_coef == 0.4
+    lowered = algorithm.load(tmp_path / "model", env=model.env, objective_kwargs=FAST)
+    assert algorithm.load(tmp_path / "model").policy_loss.multiplier.minimum == 0.4
     lowered.learn(128)
     assert logged(lowered)["train/var_coef"] == 0.0
 
@@ -211,7 +244,7 @@ def test_larger_multiplier_means_smaller_variance():
     for var_coef in (0.0, 0.5, 50.0):
         model = R2VPO("MlpPolicy", "CartPole-v1", n_steps=256, var_coef=var_coef, learning_rate=1e-3, seed=0, device="cpu")
         model.learn(256)
-        assert model.dual.value.item() == var_coef
+        assert multiplier(model) == var_coef
         variances.append(logged(model)["train/ratio_variance"])
     assert variances[0] > 1.5 * variances[1]
     assert variances[1] > 1.5 * variances[2]
@@ -227,17 +260,18 @@ def test_schedules():
     )
     # Two iterations: the second is at progress 0
     model.learn(64)
-    assert model.dual.value.item() == 0.0
+    assert multiplier(model) == 0.0
     model.var_coef = "auto"
     model._setup_model()
     model._setup_model()
-    assert model.target_variance(0.5) == 0.01
+    assert target_variance(model, 0.5) == pytest.approx(0.01)
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_entropy_coefficient_follows_a_schedule(algorithm):
     def trained(ent_coef):
-        return algorithm("MlpPolicy", "Pendulum-v1", ent_coef=ent_coef, compensate_entropy=False, **SMALL).learn(64)
+        kwargs = {"compensate_entropy": False}
+        return algorithm("MlpPolicy", "Pendulum-v1", ent_coef=ent_coef, objective_kwargs=kwargs, **SMALL).learn(64)
 
     falling = trained(LinearSchedule(start=0.1, end=0.0, end_fraction=1.0))
     # Two iterations: the second is at progress 0
@@ -249,8 +283,8 @@ def test_entropy_coefficient_follows_a_schedule(algorithm):
 
 
 def test_var_coef_strings():
-    assert R2VPO("MlpPolicy", "CartPole-v1").dual.value.item() == DEFAULT_INITIAL_VAR_COEF
-    assert R2VPO("MlpPolicy", "CartPole-v1", var_coef="auto_0.5").dual.value.item() == 0.5
+    assert multiplier(R2VPO("MlpPolicy", "CartPole-v1")) == DEFAULT_INITIAL_VAR_COEF
+    assert multiplier(R2VPO("MlpPolicy", "CartPole-v1", var_coef="auto_0.5")) == 0.5
 
 
 # --- logs --------------------------------------------------------------------------------------------------------------
@@ -286,14 +320,28 @@ def test_first_minibatch_is_on_policy():
 def test_gradient_norms_are_those_that_get_clipped():
     """sqrt(policy^2 + value^2) is the total norm, also with a shared feature extractor."""
     model = R2VPO("MlpPolicy", "Pendulum-v1", **SMALL)
-    for parameter in model.policy.parameters():
-        parameter.grad = th.randn_like(parameter)
-    _, norms_by_parameter = descend(model.policy.optimizer, list(model.policy.parameters()), math.inf, None)
-    norms = gradient_norms([name for name, _ in model.policy.named_parameters()], norms_by_parameter)
+    loss = sum((parameter * th.randn_like(parameter)).sum() for parameter in model.policy.parameters())
+    _, norms_by_parameter = Descent(model.policy.optimizer, list(model.policy.parameters()), None)(loss)
+    norms = gradient_norms(["value" in name for name, _ in model.policy.named_parameters()], norms_by_parameter)
     total = th.nn.utils.get_total_norm([p.grad for p in model.policy.parameters()])
     th.testing.assert_close((norms["policy_grad_norm"] ** 2 + norms["value_grad_norm"] ** 2).sqrt(), total)
     critic = [*model.policy.mlp_extractor.value_net.parameters(), *model.policy.value_net.parameters()]
     th.testing.assert_close(norms["value_grad_norm"], th.nn.utils.get_total_norm([p.grad for p in critic]))
+
+
+def test_logged_norms_are_those_of_the_trained_parameters():
+    """Also where a part of the policy is frozen: the norms that are left are still told apart."""
+    model = R2VPO("MlpPolicy", "Pendulum-v1", **SMALL)
+    model.policy.mlp_extractor.policy_net.requires_grad_(False)
+    # The last minibatch's are left in the parameters
+    model.batch_size, model.n_epochs, model.max_grad_norm = 32, 1, 1e9
+    model.learn(32)
+    policy = model.policy
+    groups = {"policy": [*policy.action_net.parameters(), policy.log_std]}
+    groups["value"] = [*policy.mlp_extractor.value_net.parameters(), *policy.value_net.parameters()]
+    for name, parameters in groups.items():
+        norm = th.nn.utils.get_total_norm([parameter.grad for parameter in parameters]).item()
+        assert logged(model)[f"train/{name}_grad_norm"] == pytest.approx(norm, rel=1e-5)
 
 
 def test_target_kl_stops_early(capsys):
@@ -314,24 +362,24 @@ def test_total_timesteps_may_be_a_float():
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_multiplier_is_saved(algorithm, tmp_path):
     model = algorithm("MlpPolicy", "CartPole-v1", **SMALL).learn(128)
-    value = model.dual.value.item()
+    value = multiplier(model)
     assert value != DEFAULT_INITIAL_VAR_COEF
     model.save(tmp_path / "model")
     loaded = algorithm.load(tmp_path / "model", env=model.get_env())
-    assert loaded.dual.value.item() == value
-    assert loaded.dual.adaptive
-    assert loaded.target_variance(1.0) == model.target_variance(1.0)
+    assert multiplier(loaded) == value
+    assert loaded.policy_loss.multiplier.adaptive
+    assert target_variance(loaded) == target_variance(model)
     loaded.learn(64)
-    assert loaded.dual.value.item() != value
+    assert multiplier(loaded) != value
 
 
 def test_multiplier_can_be_fixed_on_loading(tmp_path):
     R2VPO("MlpPolicy", "CartPole-v1", **SMALL).learn(64).save(tmp_path / "model")
     loaded = R2VPO.load(tmp_path / "model", env=gym.make("CartPole-v1"), var_coef=0.3, target_variance=0.1)
-    assert not loaded.dual.adaptive
+    assert not loaded.policy_loss.multiplier.adaptive
     loaded.learn(64)
-    assert loaded.dual.value.item() == pytest.approx(0.3)
-    assert loaded.target_variance(1.0) == 0.1
+    assert multiplier(loaded) == pytest.approx(0.3)
+    assert target_variance(loaded) == pytest.approx(0.1)
 
 
 def test_on_policy_model_goes_on_off_policy(tmp_path):
@@ -370,10 +418,10 @@ def test_unknown_load_argument_is_refused(tmp_path):
         ({"var_coef": math.inf}, "`var_coef` is inf"),
         ({"var_coef": math.nan}, "`var_coef` is nan"),
         ({"var_coef": "automatic"}, "`var_coef` is 'automatic'"),
-        ({"dual_learning_rate": -1.0}, "`dual_learning_rate` is -1.0"),
-        ({"dual_learning_rate": math.nan}, "`dual_learning_rate` is nan"),
-        ({"dual_learning_rate": math.inf}, "`dual_learning_rate` is inf"),
-        ({"min_var_coef": -1.0}, "`min_var_coef` is -1.0"),
+        ({"objective_kwargs": {"dual_learning_rate": -1.0}}, "`dual_learning_rate` is -1.0"),
+        ({"objective_kwargs": {"dual_learning_rate": math.nan}}, "`dual_learning_rate` is nan"),
+        ({"objective_kwargs": {"dual_learning_rate": math.inf}}, "`dual_learning_rate` is inf"),
+        ({"objective_kwargs": {"min_var_coef": -1.0}}, "`min_var_coef` is -1.0"),
         ({"target_variance": 0.0}, "`target_variance` is 0.0"),
         ({"target_variance": -0.1}, "`target_variance` is -0.1"),
         ({"target_variance": math.nan}, "`target_variance` is nan"),
@@ -382,7 +430,8 @@ def test_unknown_load_argument_is_refused(tmp_path):
         ({"objective": "ppo"}, "Unknown `objective` 'ppo'; choose one of r2vpo, r2vpo_sequence, ppo_clip"),
         ({"objective": "ppo_clip", "objective_kwargs": {"clip": 0.1}}, r"takes \['clip_range'\]"),
         ({"objective": "exact_kl"}, r"it needs \['kl_coef'\]"),
-        ({"objective_kwargs": {"var_coef": 0.1}}, "takes none"),
+        ({"objective_kwargs": {"var_coef": 0.1}}, r"takes \['compensate_entropy', 'dual_learning_rate', 'min_var_coef'\]"),
+        ({"objective": "topr", "objective_kwargs": {"var_coef": 0.1}}, "takes none"),
     ],
 )
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
@@ -400,7 +449,10 @@ def test_bad_coefficients(algorithm, settings, message):
         ({"utd_ratio": -1.0}, "`utd_ratio` is -1.0"),
         ({"utd_ratio": math.nan}, "`utd_ratio` is nan"),
         ({"utd_ratio": math.inf}, "`utd_ratio` is inf"),
-        ({"critic_capacity": 8, "recompute_advantages": False}, "needs `recompute_advantages=True`"),
+        (
+            {"critic_kwargs": {"n_rollouts": 8, "recompute_advantages": False}},
+            "`recompute_advantages` are for a critic that learns",
+        ),
     ],
 )
 def test_bad_replay_settings(settings, message):
@@ -411,19 +463,39 @@ def test_bad_replay_settings(settings, message):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"critic_capacity": 0}, "`critic_capacity` is 0"),
-        ({"critic_capacity": 2.5}, "`critic_capacity` is 2.5"),
-        ({"critic_capacity": 8, "critic_epochs": 0}, "`critic_epochs` is 0"),
-        ({"critic_capacity": 8, "critic_gae_lambda": 1.5}, "`critic_gae_lambda` is 1.5"),
-        ({"critic_gae_lambda": 0.95}, "pass `critic_capacity`"),
-        ({"critic_capacity": 8, "clip_range_vf": 0.2}, "`clip_range_vf` is for a critic that learns with the policy"),
-        ({"critic_capacity": 8, "std_scaled_learning_rate": True}, "`std_scaled_learning_rate` is for Gaussian policies"),
+        ({"critic_kwargs": {"n_rollouts": 0}}, "`n_rollouts` is 0"),
+        ({"critic_kwargs": {"n_rollouts": 2.5}}, "`n_rollouts` is 2.5"),
+        ({"critic_kwargs": {"n_rollouts": 8, "n_epochs": 0}}, "`n_epochs` is 0"),
+        ({"critic_kwargs": {"n_rollouts": 8, "gae_lambda": 1.5}}, "`gae_lambda` is 1.5"),
+        ({"critic_kwargs": {"gae_lambda": 0.95}}, "add `n_rollouts`"),
+        ({"critic_kwargs": {"n_epochs": 3}}, "add `n_rollouts`"),
+        (
+            {"critic_kwargs": {"n_rollouts": 8}, "clip_range_vf": 0.2},
+            "`clip_range_vf` .* for a critic that learns with the policy",
+        ),
+        (
+            {"critic_kwargs": {"n_rollouts": 8, "recompute_advantages": True}},
+            "`recompute_advantages` are for a critic that learns",
+        ),
+        (
+            {"critic_kwargs": {"n_rollouts": 8, "std_scaled_learning_rate": True}},
+            "`std_scaled_learning_rate` is for Gaussian policies",
+        ),
+        ({"critic_kwargs": {"vf_coef": 0.3}}, r"unknown options \['vf_coef'\]"),
+        ({"critic_kwargs": {"epochs": 3}}, r"unknown options \['epochs'\]"),
+        ({"critic_kwargs": {"n_rollouts": 8, "epochs": 3}}, r"unknown options \['epochs'\]"),
     ],
 )
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_bad_critic_settings(algorithm, settings, message):
     with pytest.raises(ValueError, match=message):
         algorithm("MlpPolicy", "CartPole-v1", **settings)
+
+
+@pytest.mark.parametrize("max_grad_norm", [0.0, -1.0, math.nan])
+def test_bad_max_grad_norm(max_grad_norm):
+    with pytest.raises(ValueError, match="`max_grad_norm` is"):
+        R2VPO("MlpPolicy", "CartPole-v1", max_grad_norm=max_grad_norm)
 
 
 def test_bad_batch_sizes():
@@ -445,11 +517,11 @@ def test_unsupported_action_space():
 def test_nan_reward_does_not_reach_the_weights(algorithm):
     model = algorithm("MlpPolicy", RandomEnv(VECTOR, spaces.Discrete(2), nan_reward_at=50), **SMALL)
     model.learn(32)
-    before, multiplier = weights(model), model.dual.value.item()
+    before, value = weights(model), multiplier(model)
     with pytest.raises(ValueError, match=r"rewards contain NaN.*VecCheckNan"):
         model.learn(32, reset_num_timesteps=False)
     assert th.equal(before, weights(model))
-    assert model.dual.value.item() == multiplier
+    assert multiplier(model) == value
 
 
 @pytest.mark.parametrize("optimizer_kwargs", [{}, {"fused": True, "eps": 1e-5}])
@@ -463,26 +535,29 @@ def test_nan_gradient_does_not_reach_the_weights(optimizer_kwargs):
         model.train()
     # The other minibatches have been trained on
     assert weights(model).isfinite().all()
-    assert math.isfinite(model.dual.value.item())
+    assert math.isfinite(multiplier(model))
     model.learn(32)
 
 
 # --- recomputed advantages ---------------------------------------------------------------------------------------------
 
 
+RECOMPUTE = {"recompute_advantages": True}
+
+
 class RecordingR2VPO(R2VPO):
     """Keeps each minibatch, with a copy of the policy that it was drawn for."""
 
-    def _minibatches(self):
+    def _minibatches(self, rollouts):
         self.drawn = []
-        for rollout_data in super()._minibatches():
-            self.drawn.append((deepcopy(self.policy), rollout_data))
-            yield rollout_data
+        for batch in super()._minibatches(rollouts):
+            self.drawn.append((deepcopy(self.policy), batch.samples))
+            yield batch
 
     def epochs_in_order(self) -> list[tuple[ActorCriticPolicy, dict[str, np.ndarray]]]:
         """Of minibatches that are whole rollouts: their fields in the order of time, (n_envs, n_steps)."""
         # Log-probabilities tell steps apart
-        order = np.argsort(np.argsort(self.rollout_buffer.log_probs.T.flatten()))
+        order = np.argsort(np.argsort(self.rollout_buffer.log_probs.flatten()))
         epochs = []
         for policy, rollout_data in self.drawn:
             indices = np.argsort(rollout_data.old_log_prob.numpy())[order]
@@ -495,7 +570,7 @@ def recording_pendulum(**settings) -> RecordingR2VPO:
     model = RecordingR2VPO(
         "MlpPolicy",
         make_vec_env("Pendulum-v1", 2),
-        **(SMALL | {"n_steps": 250, "batch_size": 500, "n_epochs": 3, "recompute_advantages": True} | settings),
+        **(SMALL | {"n_steps": 250, "batch_size": 500, "n_epochs": 3, "critic_kwargs": RECOMPUTE} | settings),
     )
     return model.learn(500)
 
@@ -568,7 +643,7 @@ def test_behaviour_log_probs_never_change_and_values_do():
 
 
 def test_recomputing_can_be_switched_off():
-    model = pendulum_off(recompute_advantages=False).learn(250)
+    model = pendulum_off(critic_kwargs={"recompute_advantages": False}).learn(250)
     rollout = model.replay_buffer.rollouts[0]
     before = {name: getattr(rollout.buffer, name).copy() for name in ("values", "advantages", "returns")}
     model.learn(250, reset_num_timesteps=False)
@@ -589,8 +664,9 @@ def test_refresh_with_an_unchanged_critic_changes_nothing():
     rollout.buffer.values, rollout.buffer.advantages, rollout.buffer.returns = (
         np.zeros_like(before["values"]) for _ in range(3)
     )
-    variance = model._refresh(rollout)
-    assert variance < 1e-9
+    # As the next update would: with another rollout that does not go on from it
+    model._renew_replayed([rollout, rollout])
+    assert logged(model)["train/ratio_variance_stale_1"] < 1e-9
     for name, array in before.items():
         np.testing.assert_allclose(getattr(rollout.buffer, name), array, rtol=1e-4, atol=1e-4)
 
@@ -614,7 +690,7 @@ def test_refresh_brings_the_bootstrap_at_timeouts_up_to_date():
     rewards = rollout.buffer.rewards.copy()
     with th.no_grad():
         model.policy.value_net.bias += 10
-    model._refresh(rollout)
+    model._renew_replayed([rollout, rollout])
     difference = rollout.buffer.rewards - rewards
     expected = np.zeros_like(rewards)
     expected[199, 0] = 10 * model.gamma
@@ -662,11 +738,65 @@ def test_zip_does_not_grow_with_the_replay(tmp_path):
 def test_smaller_capacity_keeps_the_newest(tmp_path):
     model = pendulum_off().learn(3 * 250)
     model.save_replay_buffer(tmp_path / "replay")
-    smaller = pendulum_off(replay_capacity=1)
+    smaller = pendulum_off(replay_capacity=2)
     smaller.load_replay_buffer(tmp_path / "replay")
-    np.testing.assert_array_equal(
-        smaller.replay_buffer.rollouts[0].buffer.log_probs, model.replay_buffer.rollouts[-1].buffer.log_probs
-    )
+    assert len(smaller.replay_buffer) == 2
+    for ours, theirs in zip(smaller.replay_buffer.rollouts, model.replay_buffer.newest(2), strict=True):
+        np.testing.assert_array_equal(ours.buffer.log_probs, theirs.buffer.log_probs)
+
+
+@pytest.mark.parametrize(("algorithm", "settings"), [(R2VPO, {}), (R2VPOOff, {"replay_capacity": 1})])
+def test_without_a_replay_there_is_nothing_to_save_or_to_load(algorithm, settings, tmp_path):
+    model = algorithm("MlpPolicy", "Pendulum-v1", **SMALL, **settings)
+    with pytest.raises(ValueError, match="keeps no rollouts after their own update"):
+        model.save_replay_buffer(tmp_path / "replay")
+    assert not (tmp_path / "replay.pkl").exists()
+    pendulum_off().learn(250).save_replay_buffer(tmp_path / "replay")
+    with pytest.raises(ValueError, match="keeps no rollouts after their own update"):
+        model.load_replay_buffer(tmp_path / "replay")
+
+
+class SetsAdvantages(BaseCallback):
+    """Replaces what was computed of a rollout, as in https://github.com/DLR-RM/stable-baselines3/pull/2000."""
+
+    def __init__(self, replaces: bool) -> None:
+        super().__init__()
+        self.replaces = replaces
+
+    def _on_rollout_end(self) -> None:
+        if self.replaces:
+            self.model.rollout_buffer.advantages[:] = 7.0
+
+    def _on_step(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("replaces", [True, False])
+@pytest.mark.parametrize(
+    ("algorithm", "settings"),
+    [
+        (R2VPOOff, {}),
+        (R2VPOOff, {"critic_kwargs": {"n_rollouts": 3, "n_epochs": 2}}),
+        (R2VPO, {"critic_kwargs": {"n_rollouts": 3, "n_epochs": 2}}),
+        (R2VPO, {"critic_kwargs": {"recompute_advantages": True}}),
+        (R2VPO, {}),
+    ],
+)
+def test_advantages_that_a_callback_sets_are_trained_on(algorithm, settings, replaces, monkeypatch):
+    """In the update on the rollout and in the later ones, whatever is computed anew otherwise."""
+    model = algorithm("MlpPolicy", "Pendulum-v1", **SMALL, **settings)
+    drawn = []
+    minibatches = model._minibatches
+
+    def recording(rollouts):
+        for batch in minibatches(rollouts):
+            drawn.append(batch.samples.advantages)
+            yield batch
+
+    monkeypatch.setattr(model, "_minibatches", recording)
+    model.learn(3 * 32, callback=SetsAdvantages(replaces))
+    assert bool((th.cat(drawn) == 7.0).all()) == replaces
+    assert bool((th.cat(drawn) == 7.0).any()) == replaces
 
 
 def test_foreign_replay_buffers_are_refused(tmp_path):
@@ -686,7 +816,8 @@ def test_foreign_replay_buffers_are_refused(tmp_path):
 
 
 def apart(**settings) -> R2VPOOff:
-    return pendulum_off(**({"critic_capacity": 4, "replay_capacity": 2, "critic_epochs": 3} | settings))
+    kwargs = {"n_rollouts": 4, "n_epochs": 3} | settings.pop("critic_kwargs", {})
+    return pendulum_off(**({"critic_kwargs": kwargs, "replay_capacity": 2} | settings))
 
 
 def named_weights(model: R2VPOOff) -> dict[str, th.Tensor]:
@@ -698,14 +829,14 @@ def test_critic_and_policy_learn_apart(compile, monkeypatch):
     """The critic's steps change the critic alone, and the policy's the policy alone."""
     model = apart(compile=compile)
     before, after_critic = {}, {}
-    train_critic = model._train_critic
+    fit = model.critic.fit
 
-    def observed():
+    def observed(*args):
         before.update(named_weights(model))
-        train_critic()
+        fit(*args)
         after_critic.update(named_weights(model))
 
-    monkeypatch.setattr(model, "_train_critic", observed)
+    monkeypatch.setattr(model.critic, "fit", observed)
     model.learn(2 * 250)
     for name, parameter in named_weights(model).items():
         is_critic = "value" in name
@@ -713,35 +844,53 @@ def test_critic_and_policy_learn_apart(compile, monkeypatch):
         assert th.equal(after_critic[name], parameter) == is_critic
 
 
-def test_critic_learns_from_rollouts_that_the_policy_has_forgotten():
-    model = apart().learn(6 * 250)
+def test_critic_learns_from_rollouts_that_the_policy_has_forgotten(monkeypatch):
+    drawn = {}
+
+    def recording(user):
+        def passes_of_user(*args):
+            # Those of the last update are left
+            drawn[user] = [[*minibatches] for minibatches in passes(*args)]
+            return map(iter, drawn[user])
+
+        return passes_of_user
+
+    for user in ("critic", "algorithm"):
+        monkeypatch.setattr(f"sb3_r2vpo.common.{user}.passes", recording(user))
+    model = apart(critic_kwargs={"n_epochs": 4}).learn(6 * 250)
     assert len(model.replay_buffer) == 4
     policy_steps, critic_steps = (
-        th.cat([b.observations for minibatches in model.replay_buffer.passes(50, 8, n) for b in minibatches]).unique(dim=0)
-        for n in (2, 4)
+        th.cat([batch.observations for minibatches in drawn[user] for batch in minibatches]).unique(dim=0)
+        for user in ("algorithm", "critic")
     )
     assert len(policy_steps) == 2 * 250
     assert len(critic_steps) == 4 * 250
 
 
+def steps_made(model) -> tuple[set[float], set[float]]:
+    """How often Adam has changed the parameters of the policy, and of the critic"""
+    numbers = set(), set()
+    for name, parameter in model.policy.named_parameters():
+        numbers["value" in name].add(model.policy.optimizer.state[parameter]["step"].item())
+    return numbers
+
+
 def test_critic_epochs_count_the_critics_steps():
     model = apart().learn(2 * 250)
-    # Two rollouts, three passes over one rollout's worth of steps, five minibatches each
-    assert {state["step"].item() for state in model.critic_optimizer.state.values()} == {2 * 3 * 5}
+    # Two rollouts, three passes over one rollout's worth of steps, or twice two, and five minibatches each
+    assert steps_made(model) == ({2 * 2 * 2 * 5}, {2 * 3 * 5})
 
 
-def test_critic_and_policy_have_horizons_of_their_own():
+def test_critic_and_policy_have_horizons_of_their_own(monkeypatch):
     """Targets with a lambda of one are discounted sums of rewards; advantages with zero are temporal differences."""
-    model = apart(learning_rate=0.0, gae_lambda=0.0, critic_gae_lambda=1.0)
+    model = apart(learning_rate=0.0, gae_lambda=0.0, critic_kwargs={"gae_lambda": 1.0})
     targets = {}
 
-    def passes(*args):
-        # `passes` is called for the critic first, then for the policy
-        for rollout in model.replay_buffer.rollouts:
-            targets.setdefault(id(rollout), rollout.buffer.returns.flatten().copy())
-        return type(model.replay_buffer).passes(model.replay_buffer, *args)
+    def critics_passes(rollouts, *args):
+        targets.update({id(rollout): rollout.buffer.returns.flatten().copy() for rollout in rollouts})
+        return passes(rollouts, *args)
 
-    model.replay_buffer.passes = passes
+    monkeypatch.setattr("sb3_r2vpo.common.critic.passes", critics_passes)
     model.learn(250)
     (rollout,) = model.replay_buffer.rollouts
     rewards, values = rollout.buffer.rewards.flatten(), rollout.buffer.values.flatten()
@@ -761,32 +910,31 @@ def test_critic_and_policy_have_horizons_of_their_own():
 
 
 def test_critic_comes_closer_to_its_targets():
-    model = apart(learning_rate=1e-3, gamma=0.5, critic_epochs=40).learn(4 * 250)
+    model = apart(learning_rate=1e-3, gamma=0.5, critic_kwargs={"n_epochs": 40}).learn(4 * 250)
 
     def error() -> float:
         """On the targets that the last update was made with"""
-        steps = [rollout.tensors() for rollout in rollouts]
+        steps = [rollout.samples for rollout in rollouts]
         observations = th.cat([step.observations for step in steps])
         with th.no_grad():
             return (model.policy.predict_values(observations).flatten() - targets).square().mean().item()
 
     rollouts = list(model.replay_buffer.rollouts)
-    targets = th.cat([rollout.tensors().returns for rollout in rollouts])
+    targets = th.cat([rollout.samples.returns for rollout in rollouts])
     before = error()
-    model._train_critic()
+    model.critic.fit(model, rollouts)
     assert error() < 0.95 * before
 
 
 @pytest.mark.parametrize("compile", [False, True])
-def test_critic_and_policy_have_optimizers_of_their_own(compile):
-    """Each parameter is in one of them; the loss and the gradient that are logged of the critic are those of its own steps."""
-    model = apart(compile=compile, compensate_entropy=False).learn(250)
-    owned = [
-        [id(parameter) for group in optimizer.param_groups for parameter in group["params"]]
-        for optimizer in (model.policy.optimizer, model.critic_optimizer)
-    ]
-    assert owned[1] == [id(parameter) for parameter in critic_parameters(model.policy)]
-    assert sorted([*owned[0], *owned[1]]) == sorted(id(parameter) for parameter in model.policy.parameters())
+def test_critic_and_policy_have_parameters_and_losses_of_their_own(compile):
+    """All in SB3's one optimizer; the loss and the gradient that are logged of the critic are those of its own steps."""
+    model = apart(compile=compile, objective_kwargs={"compensate_entropy": False}).learn(250)
+    (group,) = model.policy.optimizer.param_groups
+    assert [id(parameter) for parameter in group["params"]] == [id(parameter) for parameter in model.policy.parameters()]
+    of_policy, of_critic = {*model.critic.trains(model.policy)}, critic_parameters(model.policy)
+    assert of_critic == {name for name, _ in model.policy.named_parameters() if "value" in name}
+    assert of_policy == {name for name, _ in model.policy.named_parameters()} - of_critic
     values = logged(model)
     assert values["train/value_loss"] > 0
     assert values["train/value_grad_norm"] > 0
@@ -797,8 +945,9 @@ def test_critic_and_policy_have_optimizers_of_their_own(compile):
 @pytest.mark.parametrize("compile", [False, True])
 def test_policy_steps_are_in_proportion_to_its_standard_deviation(compile, log_std, factor):
     """The first step of Adam is one learning rate long but for `eps`, for each weight; that of the critic is never scaled."""
-    settings = SMALL | CRITIC_APART | {"n_epochs": 1, "critic_epochs": 1, "batch_size": 32, "learning_rate": 1e-3}
-    settings |= {"policy_kwargs": {"log_std_init": log_std}, "std_scaled_learning_rate": True, "compile": compile}
+    kwargs = {"n_rollouts": 2, "n_epochs": 1, "gae_lambda": 0.99, "std_scaled_learning_rate": True}
+    settings = SMALL | {"n_epochs": 1, "batch_size": 32, "learning_rate": 1e-3, "gae_lambda": 0.7, "critic_kwargs": kwargs}
+    settings |= {"policy_kwargs": {"log_std_init": log_std}, "compile": compile}
     model = R2VPO("MlpPolicy", "Pendulum-v1", **settings)
     before = named_weights(model)
     model.learn(32)
@@ -811,58 +960,70 @@ def test_policy_steps_are_in_proportion_to_its_standard_deviation(compile, log_s
 
 @pytest.mark.parametrize(
     ("settings", "message"),
-    [({}, "pass `critic_capacity`"), ({"critic_capacity": 2, "use_sde": True}, "without `use_sde`")],
+    [({}, "add `n_rollouts`"), ({"critic_kwargs": {"n_rollouts": 2}, "use_sde": True}, "without `use_sde`")],
 )
 def test_std_scaled_learning_rate_is_refused_without_what_it_needs(settings, message):
+    kwargs = {**settings.pop("critic_kwargs", {}), "std_scaled_learning_rate": True}
     with pytest.raises(ValueError, match=message):
-        R2VPO("MlpPolicy", "Pendulum-v1", std_scaled_learning_rate=True, **settings)
+        R2VPO("MlpPolicy", "Pendulum-v1", critic_kwargs=kwargs, **settings)
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_critics_optimizer_is_saved(algorithm, tmp_path):
-    settings = SMALL | {"n_steps": 250, "batch_size": 50, "critic_capacity": 4, "critic_epochs": 3}
+def test_optimizer_of_policy_and_critic_is_saved(algorithm, tmp_path):
+    settings = SMALL | {"n_steps": 250, "batch_size": 50, "critic_kwargs": {"n_rollouts": 4, "n_epochs": 3}}
     model = algorithm("MlpPolicy", "Pendulum-v1", **settings).learn(2 * 250)
     model.save(tmp_path / "model")
     loaded = algorithm.load(tmp_path / "model", env=model.get_env())
-    ours, theirs = (m.critic_optimizer.state_dict()["state"] for m in (model, loaded))
+    ours, theirs = (m.policy.optimizer.state_dict()["state"] for m in (model, loaded))
+    assert len(ours) == len(list(model.policy.parameters()))
     for number, state in ours.items():
         for name in ("step", "exp_avg", "exp_avg_sq"):
             assert th.equal(state[name], theirs[number][name])
     loaded.learn(250)
-    assert {state["step"].item() for state in loaded.critic_optimizer.state.values()} == {3 * 3 * 5}
+    assert steps_made(loaded)[1] == {3 * 3 * 5}
 
 
 def test_critic_apart_follows_no_epoch_of_the_policy(monkeypatch):
-    """With it, `recompute_advantages` computes none anew: the critic is the same at each epoch of the policy."""
+    """The critic is the same at each epoch of the policy, so that advantages are computed but once."""
     computed = []
-    update_advantages = R2VPO._update_advantages
+    renew = Rollout.renew
 
-    def counted(model, rollout, *args, **kwargs):
+    def counted(rollout, *args, **kwargs):
         computed.append(rollout)
-        update_advantages(model, rollout, *args, **kwargs)
+        renew(rollout, *args, **kwargs)
 
-    monkeypatch.setattr(R2VPO, "_update_advantages", counted)
-    settings = SMALL | {"n_epochs": 3, **CRITIC_APART}
-    final = [
-        weights(R2VPO("MlpPolicy", "Pendulum-v1", recompute_advantages=recompute, **settings).learn(96))
-        for recompute in (False, True)
-    ]
-    assert th.equal(*final)
+    monkeypatch.setattr(Rollout, "renew", counted)
+    R2VPO("MlpPolicy", "Pendulum-v1", **SMALL, **CRITIC_APART).learn(96)
     # In each update those of the critic's rollouts, one at first and then two, and in the end the policy's
     n_updates = 96 // SMALL["n_steps"]
-    assert len(computed) == 2 * (3 * n_updates - 1)
+    assert len(computed) == 3 * n_updates - 1
+
+
+def test_a_critic_apart_takes_no_random_numbers_of_its_own():
+    numbers = []
+    for settings in ({}, CRITIC_APART):
+        model = R2VPO("MlpPolicy", "Pendulum-v1", **SMALL, **settings)
+        numbers.append((weights(model).tolist(), th.rand(3).tolist(), np.random.rand(3).tolist()))
+    assert numbers[0] == numbers[1]
+
+
+class WithoutCritic(ActorCriticPolicy):
+    def predict_values(self, obs):
+        return th.zeros(len(obs), 1)
 
 
 def test_policies_without_a_critic_of_their_own_are_refused():
     with pytest.raises(ValueError, match="which this policy does not have"):
-        critic_parameters(th.nn.Linear(2, 2))
+        R2VPO(WithoutCritic, "Pendulum-v1", critic_kwargs={"n_rollouts": 2}, **SMALL)
 
 
 def test_shared_features_are_refused():
     env = RandomEnv(spaces.Box(0, 255, (3, 36, 36), np.uint8), spaces.Discrete(2))
+    kwargs = {"n_rollouts": 2}
     with pytest.raises(ValueError, match="share_features_extractor=False"):
-        R2VPOOff("CnnPolicy", env, critic_capacity=2, **SMALL)
-    R2VPOOff("CnnPolicy", env, critic_capacity=2, policy_kwargs={"share_features_extractor": False}, **SMALL).learn(64)
+        R2VPOOff("CnnPolicy", env, critic_kwargs=kwargs, **SMALL)
+    policy_kwargs = {"share_features_extractor": False}
+    R2VPOOff("CnnPolicy", env, critic_kwargs=kwargs, policy_kwargs=policy_kwargs, **SMALL).learn(64)
 
 
 # --- learning ----------------------------------------------------------------------------------------------------------
@@ -897,7 +1058,7 @@ def test_learns_a_bandit():
 def test_default_tolerance_is_that_of_the_action_space(algorithm, tmp_path):
     env = RandomEnv(VECTOR, spaces.Box(-1, 1, (4,)))
     model = algorithm("MlpPolicy", env, **SMALL)
-    assert model.target_variance(1.0) == pytest.approx(0.02)
+    assert target_variance(model) == pytest.approx(0.02)
     model.save(tmp_path / "model")
-    assert algorithm.load(tmp_path / "model").target_variance(1.0) == pytest.approx(0.02)
-    assert algorithm.load(tmp_path / "model", target_variance="auto").target_variance(1.0) == pytest.approx(0.02)
+    assert target_variance(algorithm.load(tmp_path / "model")) == pytest.approx(0.02)
+    assert target_variance(algorithm.load(tmp_path / "model", target_variance="auto")) == pytest.approx(0.02)

@@ -65,6 +65,8 @@ def make_manager(algo: str = "r2vpo", env_id: str = "CartPole-v1", **options) ->
 
 def make_model(algo: str, hyperparams: dict) -> BaseAlgorithm:
     env = FakeImageEnv() if hyperparams["policy"] == "CnnPolicy" else IdentityEnvBox()
+    if algo == "r2vpo_mask":
+        env = FewValidActions()
     return rl_zoo3.ALGOS[algo](env=DummyVecEnv([lambda: env]), device="cpu", **hyperparams)
 
 
@@ -557,3 +559,53 @@ def test_bad_input(arguments, error, message):
     with pytest.raises(error, match=message):
         main(arguments)
     assert not list(Path().rglob("*.zip"))
+
+
+# --- Memory and masks
+
+
+def test_recurrent_run(capsys):
+    train = ["train", "--algo", "r2vpo_lstm", "--env", "CartPoleNoVel-v1", "-n", "300", "--verbose", "0", "--eval-freq", "200"]
+    main([*train, "-params", "n_envs:2", "batch_size:32", "n_epochs:1"])
+    assert Path("logs/r2vpo_lstm/CartPoleNoVel-v1_1/best_model.zip").is_file()
+    main(["enjoy", "--algo", "r2vpo_lstm", "--env", "CartPoleNoVel-v1", "--no-render", "-n", "50", "--load-best"])
+
+
+class FewValidActions(gym.Env):
+    """One action in ten is valid, another one each time; an invalid one is an error."""
+
+    observation_space, action_space = gym.spaces.Box(0, 1, (10,), np.float32), gym.spaces.Discrete(10)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.steps = 0
+        return self._observe(), {}
+
+    def _observe(self):
+        self.valid = int(self.np_random.integers(10))
+        return np.eye(10, dtype=np.float32)[self.valid]
+
+    def action_masks(self):
+        return np.arange(10) == self.valid
+
+    def step(self, action):
+        assert action == self.valid, "an invalid action"
+        self.steps += 1
+        return self._observe(), 1.0, False, self.steps == 20, {}
+
+
+def test_masked_run_with_evaluations(capsys):
+    gym.register("FewValidActions-v0", FewValidActions)
+    train = ["train", "--algo", "r2vpo_mask", "--env", "FewValidActions-v0", "-n", "300", "--verbose", "0"]
+    try:
+        main([*train, "--eval-freq", "100", "-params", "n_steps:64", "batch_size:32", "n_epochs:1"])
+    finally:
+        gym.registry.pop("FewValidActions-v0")
+    evaluations = np.load("logs/r2vpo_mask/FewValidActions-v0_1/evaluations.npz")
+    assert (evaluations["results"] == 20).all()
+
+
+@pytest.mark.parametrize("command", ["enjoy", "tune", "record-video"])
+def test_commands_without_masks_say_so(command):
+    with pytest.raises(SystemExit, match="no action masks"):
+        main([command, "--algo", "r2vpo_mask", "--env", "CartPole-v1"])

@@ -1,9 +1,8 @@
 """What R2VPO's variants have in common: collect a rollout, let the critic learn, update the policy, log."""
 
 import math
-import warnings
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from copy import deepcopy
 from itertools import pairwise
 from numbers import Real
@@ -18,8 +17,9 @@ from stable_baselines3.common.type_aliases import Schedule
 from stable_baselines3.common.utils import explained_variance, update_learning_rate
 
 from sb3_r2vpo.common.callbacks import AdvantageSnapshot
+from sb3_r2vpo.common.checks import check_batch_size, check_whole_number
 from sb3_r2vpo.common.collection import RolloutCollection
-from sb3_r2vpo.common.critic import make_critic
+from sb3_r2vpo.common.critic import Critic, make_critic
 from sb3_r2vpo.common.exploration import CorrelatedNoise
 from sb3_r2vpo.common.policies import CnnPolicy, MlpPolicy, MultiInputPolicy, evaluate
 from sb3_r2vpo.common.rollout import (
@@ -27,7 +27,6 @@ from sb3_r2vpo.common.rollout import (
     Rollout,
     RolloutReplayBuffer,
     Timeouts,
-    check_whole_number,
     draws_its_own_minibatches,
     passes,
 )
@@ -66,8 +65,9 @@ class RatioVarianceAlgorithm(ReplaySaving, RolloutCollection):
         "MultiInputPolicy": MultiInputPolicy,
     }
 
-    #: Rollouts that the policy is trained on, the newest ones; and passes over one rollout's worth of steps, over `n_epochs`
+    #: Number of rollouts that the policy is trained on, the newest ones
     replay_capacity: int = 1
+    #: Passes over one rollout's worth of steps are ``utd_ratio * n_epochs``
     utd_ratio: float = 1.0
 
     # Of R2VPO's constructor
@@ -87,29 +87,11 @@ class RatioVarianceAlgorithm(ReplaySaving, RolloutCollection):
     policy_loss: PolicyLoss
 
     def _check_batch_size(self, n_envs: int) -> None:
-        """Refuse what would make normalised advantages NaN, warn of truncated minibatches; as SB3's PPO does."""
-        buffer_size = n_envs * self.n_steps
-        if self.normalize_advantage:
-            assert self.batch_size > 1, (
-                "`batch_size` must be greater than 1 to normalize advantages. "
-                "See https://github.com/DLR-RM/stable-baselines3/issues/440"
-            )
-            assert buffer_size > 1, (
-                "`n_steps * n_envs` must be greater than 1 to normalize advantages. "
-                f"Currently n_steps={self.n_steps} and n_envs={n_envs}"
-            )
-        truncated = buffer_size % self.batch_size
-        if truncated > 0:
-            warnings.warn(
-                f"With n_steps={self.n_steps} and n_envs={n_envs}, a rollout has {buffer_size} steps, so that after every "
-                f"{buffer_size // self.batch_size} minibatches of size {self.batch_size}, "
-                f"there will be a truncated mini-batch of size {truncated}. "
-                "We recommend using a `batch_size` that is a factor of `n_steps * n_envs`."
-            )
+        check_batch_size(self.batch_size, self.n_steps, n_envs, self.normalize_advantage)
 
     def _setup_model(self) -> None:
         self._made: dict[str, tuple[Any, ...]] = {}
-        self.replay_buffer = None
+        self.policy = self.replay_buffer = None  # type: ignore[assignment]
         # Made first: an invalid option must not leave a half-made model
         self._follow_arguments()
         # Actions that are whole responses of a language model bring a buffer of sequences
@@ -135,30 +117,30 @@ class RatioVarianceAlgorithm(ReplaySaving, RolloutCollection):
             # Refused now, rather than at the first update
             self._make_descent()
 
-    def _follow_arguments(self) -> None:
-        """Make what arguments stand for; again, where one of them has been set since to another value, as SB3's may be."""
-        self._check_arguments()
-        if self._changed("policy_loss", self.objective, self.var_coef, self.target_variance, self.objective_kwargs):
-            policy_loss = self._make_policy_loss()
-            if hasattr(self, "policy_loss") and self.policy_loss.multiplier.adaptive and policy_loss.multiplier.adaptive:
-                policy_loss.multiplier.load_state_dict(self.policy_loss.multiplier.state_dict())
-            policy_loss.multiplier.to(self.device)
-            self.policy_loss = policy_loss
-        if self._changed("critic", self.vf_coef, self.clip_range_vf, self.critic_kwargs):
-            self.critic = make_critic(self.vf_coef, self.clip_range_vf, **(self.critic_kwargs or {}))
-        if self._changed("noise", self.noise_exponent):
-            self.noise = CorrelatedNoise(self.noise_exponent)
-        n_rollouts = max(self.replay_capacity, self.critic.n_rollouts)
-        if self._changed("replay_buffer", n_rollouts):
-            kept = [] if self.replay_buffer is None else self.replay_buffer.rollouts
-            self.replay_buffer = RolloutReplayBuffer(n_rollouts, kept) if n_rollouts > 1 else None
+    def _maybe_recommend_cpu(self, mlp_class_name: str = "ActorCriticPolicy") -> None:
+        super()._maybe_recommend_cpu("MlpPolicy" if self.policy_class is MlpPolicy else mlp_class_name)
 
-    def _changed(self, name: str, *arguments: Any) -> bool:
-        """Whether what has this name is to be made, and note the arguments that it is made of."""
+    def _follow_arguments(self) -> None:
+        """
+        Create loss, critic, noise and replay from the arguments; again, where an argument has changed since, as in
+        ``model.vf_coef = 0.1``, which SB3's PPO follows as well.
+        """
+        self._check_arguments()
+        kwargs = self.objective_kwargs or {}
+        self._create("policy_loss", self._make_policy_loss, self.objective, self.var_coef, self.target_variance, kwargs)
+        self._create("critic", self._make_critic, self.vf_coef, self.clip_range_vf, self.critic_kwargs or {})
+        self._create("noise", self._make_noise, self.noise_exponent)
+        n_rollouts = max(self.replay_capacity, self.critic.n_rollouts)
+        kept = [] if self.replay_buffer is None else self.replay_buffer.rollouts
+        self._create("replay_buffer", lambda: RolloutReplayBuffer(n_rollouts, kept) if n_rollouts > 1 else None, n_rollouts)
+
+    def _create(self, name: str, make: Callable[[], Any], *arguments: Any) -> None:
+        """Set an attribute to what ``make`` returns, unless it was made from the same arguments."""
         # Dicts are copied, as an option may be set within one
         current = tuple(dict(value) if isinstance(value, dict) else value for value in arguments)
-        changed, self._made[name] = self._made.get(name) != current, current
-        return changed
+        if self._made.get(name) != current:
+            setattr(self, name, make())
+            self._made[name] = current
 
     def _check_arguments(self) -> None:
         if hasattr(self, "clip_range"):
@@ -180,8 +162,24 @@ class RatioVarianceAlgorithm(ReplaySaving, RolloutCollection):
         elif isinstance(target_variance, str):
             raise ValueError(f"`target_variance` is {target_variance!r}; it must be a number, a schedule, or 'auto'.")
         n_actions = get_action_dim(self.action_space) if isinstance(self.action_space, spaces.Box) else None
-        kwargs = self.objective_kwargs or {}
-        return make_policy_loss(self.objective, self.var_coef, target_variance, n_actions, **kwargs)
+        policy_loss = make_policy_loss(self.objective, self.var_coef, target_variance, n_actions, self.objective_kwargs)
+        if "policy_loss" in self._made and self._made["policy_loss"][1] == self.var_coef:
+            # An adaptive multiplier goes on from its value
+            policy_loss.multiplier.set_value(self.policy_loss.multiplier.value)
+        policy_loss.multiplier.to(self.device)
+        return policy_loss
+
+    def _make_critic(self) -> Critic:
+        critic = make_critic(self.vf_coef, self.clip_range_vf, **(self.critic_kwargs or {}))
+        if self.policy is not None:
+            critic.check(self.policy)
+        return critic
+
+    def _make_noise(self) -> CorrelatedNoise:
+        noise = CorrelatedNoise(self.noise_exponent)
+        if self.policy is not None:
+            noise.check(self.policy)
+        return noise
 
     def train(self) -> None:
         """Update the critic and the policy on the current rollout, and on earlier ones if they are replayed."""
@@ -227,7 +225,7 @@ class RatioVarianceAlgorithm(ReplaySaving, RolloutCollection):
 
     @th.no_grad()
     def _renew_replayed(self, rollouts: list[Rollout]) -> None:
-        """Bring what the current critic says of replayed rollouts up to date, and log how far the policy has moved since."""
+        """Recompute values and advantages of replayed rollouts with the current critic, and log their ratio variance."""
         # The newest one has the current critic's values, and ratios of one
         for staleness, (following, rollout) in enumerate(pairwise(reversed(rollouts)), start=1):
             values, deviations = [], []
@@ -253,7 +251,9 @@ class RatioVarianceAlgorithm(ReplaySaving, RolloutCollection):
         for epoch, minibatches in enumerate(epochs):
             self._n_updates += 1
             if epoch > 0 and self.critic.recomputes_each_epoch and self.replay_buffer is None:
+                self.policy.set_training_mode(False)
                 rollouts[-1].renew(self.predict_values, self.gamma, self.gae_lambda)
+                self.policy.set_training_mode(True)
             yield from map(self._minibatch, minibatches)
 
     def _minibatch(self, samples: Any) -> Minibatch:
@@ -273,7 +273,8 @@ class RatioVarianceAlgorithm(ReplaySaving, RolloutCollection):
         if isinstance(self.action_space, spaces.Discrete):
             # Convert discrete action from float to long
             actions = actions.long().flatten()
-        return evaluate(self.policy, samples.observations, actions, with_values, **self.policy_inputs(samples))
+        inputs = self.policy_inputs(samples)
+        return evaluate(self.policy, samples.observations, actions, with_values, not self.compile, **inputs)
 
     def policy_inputs(self, samples: Any) -> dict[str, Any]:
         """
@@ -286,7 +287,7 @@ class RatioVarianceAlgorithm(ReplaySaving, RolloutCollection):
 
     def _evaluate(self, samples: Any) -> Evaluation:
         """:meth:`evaluate_actions`, with values if the critic learns from them."""
-        return self.evaluate_actions(samples, with_values=self.critic.n_rollouts == 0)
+        return self.evaluate_actions(samples, with_values=self.critic.learns_with_policy)
 
     def _make_descent(self) -> Descent:
         trained = self.critic.trains(self.policy).values()
@@ -301,7 +302,7 @@ class RatioVarianceAlgorithm(ReplaySaving, RolloutCollection):
         self.critic.follow_schedules(progress, as_value)
         learning_rate = self.critic.policy_learning_rate(self.lr_schedule(progress), self.policy)
         update_learning_rate(self.policy.optimizer, learning_rate)
-        if self.critic.n_rollouts > 0:
+        if not self.critic.learns_with_policy:
             self.logger.record("train/policy_learning_rate", learning_rate)
         has_bonus = not isinstance(self.ent_coef, Real) or self.ent_coef != 0
         return Update(
@@ -312,6 +313,7 @@ class RatioVarianceAlgorithm(ReplaySaving, RolloutCollection):
             ent_coef=th.as_tensor(scheduled(self.ent_coef, progress), device=self.device) if has_bonus else None,
             normalize_advantage=self.normalize_advantage,
             target_kl=self.target_kl,
+            kind=(type(self.policy), type(self.policy.action_dist)),
         )
 
     def _refuse_nonfinite_rollout(self) -> None:

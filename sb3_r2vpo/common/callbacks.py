@@ -1,5 +1,6 @@
-"""A callback that the algorithms put before the user's."""
+"""Callbacks that the algorithms put before and behind the user's."""
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -33,3 +34,22 @@ class AdvantageSnapshot(BaseCallback):
 
     def _on_step(self) -> bool:
         return True
+
+
+class AfterRolloutStart:
+    """
+    A callback with something to do after its ``on_rollout_start``, before the first step.
+
+    :param callback: The callback
+    :param action: What is to be done
+    """
+
+    def __init__(self, callback: BaseCallback, action: Callable[[], None]) -> None:
+        self.callback, self.action = callback, action
+
+    def on_rollout_start(self) -> None:
+        self.callback.on_rollout_start()
+        self.action()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.callback, name)

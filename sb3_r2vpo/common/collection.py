@@ -11,8 +11,8 @@ from stable_baselines3.common.type_aliases import MaybeCallback
 from stable_baselines3.common.utils import obs_as_tensor
 from stable_baselines3.common.vec_env import VecEnv
 
-from sb3_r2vpo.common.callbacks import AdvantageSnapshot
-from sb3_r2vpo.common.critic import JointCritic
+from sb3_r2vpo.common.callbacks import AdvantageSnapshot, AfterRolloutStart
+from sb3_r2vpo.common.critic import Critic
 from sb3_r2vpo.common.exploration import CorrelatedNoise, unexplained_variance
 from sb3_r2vpo.common.rollout import RolloutReplayBuffer, Timeouts
 
@@ -20,7 +20,7 @@ from sb3_r2vpo.common.rollout import RolloutReplayBuffer, Timeouts
 class RolloutCollection(OnPolicyAlgorithm):
     """The half of :class:`~sb3_r2vpo.common.algorithm.RatioVarianceAlgorithm` that runs before an update."""
 
-    critic: JointCritic
+    critic: Critic
     noise: CorrelatedNoise
     replay_buffer: RolloutReplayBuffer | None
     _snapshot: AdvantageSnapshot
@@ -53,8 +53,12 @@ class RolloutCollection(OnPolicyAlgorithm):
         if self.replay_buffer is not None:
             self.replay_buffer.make_room()
         if not self.noise.is_white:
-            settings = n_rollout_steps, env.num_envs, self._current_progress_remaining, self._unexplained_variance
-            self.logger.record("rollout/noise_exponent", self.noise.start(self.policy, *settings))
+
+            def start_noise() -> None:
+                settings = n_rollout_steps, env.num_envs, self._current_progress_remaining, self._unexplained_variance
+                self.logger.record("rollout/noise_exponent", self.noise.start(self.policy, *settings))
+
+            callback = AfterRolloutStart(callback, start_noise)  # type: ignore[assignment]
         try:
             finished = self._collect(env, callback, rollout_buffer, n_rollout_steps, **kwargs)
         finally:

@@ -9,72 +9,45 @@ import numpy as np
 import torch as th
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
-from stable_baselines3.common.utils import FloatSchedule
 from torch.nn import functional as F
 
+from sb3_r2vpo.common.checks import check_whole_number
 from sb3_r2vpo.common.policies import evaluate, regress_values
-from sb3_r2vpo.common.rollout import Rollout, check_whole_number, passes
+from sb3_r2vpo.common.rollout import Rollout, passes
 from sb3_r2vpo.core.batch import Minibatch
 from sb3_r2vpo.core.compilation import compiled
+from sb3_r2vpo.core.multiplier import scheduled
 from sb3_r2vpo.core.optim import Descent, refuse_nonfinite
 
 if TYPE_CHECKING:
     from sb3_r2vpo.common.algorithm import RatioVarianceAlgorithm
 
 
-class JointCritic:
-    """
-    A critic that learns from the policy's minibatches, by a term of the same loss, as in SB3's PPO.
+class Critic:
+    """What both kinds of critic answer; by default, as for a critic that learns from the policy's minibatches."""
 
-    :param vf_coef: Coefficient of the value loss
-    :param clip_range_vf: How far a value may move from that at collection, in units of the reward; a number, a schedule, or
-        ``None`` for no limit
-    :param recompute_advantages: ``None`` (default): values, advantages and returns of replayed rollouts are computed anew with
-        the current critic before each update. ``True``: those of the newest rollout as well, before each epoch but the first
-        (https://arxiv.org/abs/2006.05990, section 3.5). ``False``: never. Behaviour log-probabilities are never touched.
-    """
-
-    #: Number of rollouts that the critic learns from by itself
+    #: Number of rollouts that the critic learns from by itself, before the policy does
     n_rollouts = 0
+    #: Coefficient of the value loss in the policy's minibatches
+    vf_coef = 0.0
+    #: How far a value may move within an update
+    clip_range_vf: float | th.Tensor | None = None
+    #: Whether values and advantages are computed anew: of replayed rollouts, and of the current one before each epoch
+    recomputes_replayed, recomputes_each_epoch = True, False
 
-    def __init__(
-        self, vf_coef: float, clip_range_vf: float | Schedule | None = None, recompute_advantages: bool | None = None
-    ) -> None:
-        if isinstance(clip_range_vf, float | int):
-            assert clip_range_vf > 0, "`clip_range_vf` must be positive, pass `None` to deactivate vf clipping"
-        self.vf_coef = vf_coef
-        self.clip_schedule = None if clip_range_vf is None else FloatSchedule(clip_range_vf)
-        self.clip_range_vf: float | th.Tensor | None = None
-        self.recomputes_replayed = recompute_advantages is not False
-        self.recomputes_each_epoch = recompute_advantages is True
+    @property
+    def learns_with_policy(self) -> bool:
+        """Whether it learns from the policy's minibatches"""
+        return self.n_rollouts == 0
+
+    def check(self, policy: ActorCriticPolicy) -> None:
+        """:raises ValueError: The critic is not for such a policy."""
 
     def follow_schedules(self, progress_remaining: float, as_value: Callable[[float], Any] = float) -> None:
         """
         :param progress_remaining: From 1 (start of training) to 0
         :param as_value: Makes a coefficient of a number: compiled code needs a tensor
         """
-        if self.clip_schedule is not None:
-            self.clip_range_vf = as_value(self.clip_schedule(progress_remaining))
-
-    def loss(self, values: th.Tensor, batch: Minibatch) -> th.Tensor:
-        """
-        :param values: The current critic's
-        :param batch: A minibatch
-        :return: Mean squared error to the TD(gae_lambda) targets, a scalar
-        """
-        samples = batch.samples
-        if self.clip_range_vf is not None:
-            # Clip the difference between old and new value; NOTE: this depends on the reward scaling
-            change = th.clamp(values - samples.old_values, -self.clip_range_vf, self.clip_range_vf)  # type: ignore[arg-type]
-            values = samples.old_values + change
-        return F.mse_loss(batch.select(samples.returns), batch.select(values))
-
-    def trains(self, policy: ActorCriticPolicy) -> dict[str, th.nn.Parameter]:
-        """:return: By name, the parameters that the minibatches of the policy train: all"""
-        return dict(policy.named_parameters())
-
-    def check(self, policy: ActorCriticPolicy) -> None:
-        """:raises ValueError: The critic is not for such a policy."""
 
     def fit(self, model: "RatioVarianceAlgorithm", rollouts: list[Rollout]) -> None:
         """
@@ -84,12 +57,61 @@ class JointCritic:
         :param rollouts: The newest ones, the oldest of them first
         """
 
+    def loss(self, values: th.Tensor, batch: Minibatch) -> th.Tensor:
+        """
+        :param values: The current critic's
+        :param batch: A minibatch
+        :return: The value loss, a scalar
+        """
+        raise NotImplementedError
+
+    def trains(self, policy: ActorCriticPolicy) -> dict[str, th.nn.Parameter]:
+        """:return: By name, the parameters that the policy's minibatches train"""
+        return dict(policy.named_parameters())
+
     def policy_learning_rate(self, learning_rate: float, policy: ActorCriticPolicy) -> float:
         """:return: The learning rate of the policy's minibatches"""
         return learning_rate
 
 
-class SeparateCritic(JointCritic):
+class JointCritic(Critic):
+    """
+    A critic that learns from the policy's minibatches, by a term of the same loss, as in SB3's PPO.
+
+    :param vf_coef: Coefficient of the value loss
+    :param clip_range_vf: How far a value may move within an update, in units of the reward; a number, a schedule, or ``None``
+        for no limit
+    :param recompute_advantages: ``None`` (default): values, advantages and returns of replayed rollouts are computed anew with
+        the current critic before each update. ``True``: without replay, those of the current rollout as well, before each
+        epoch but the first (https://arxiv.org/abs/2006.05990, section 3.5). ``False``: never. Behaviour log-probabilities are
+        never touched.
+    """
+
+    def __init__(
+        self, vf_coef: float, clip_range_vf: float | Schedule | None = None, recompute_advantages: bool | None = None
+    ) -> None:
+        if isinstance(clip_range_vf, float | int):
+            assert clip_range_vf > 0, "`clip_range_vf` must be positive, pass `None` to deactivate vf clipping"
+        self.vf_coef = vf_coef
+        self.clip_schedule = clip_range_vf
+        self.recomputes_replayed = recompute_advantages is not False
+        self.recomputes_each_epoch = recompute_advantages is True
+
+    def follow_schedules(self, progress_remaining: float, as_value: Callable[[float], Any] = float) -> None:
+        if self.clip_schedule is not None:
+            self.clip_range_vf = as_value(scheduled(self.clip_schedule, progress_remaining))
+
+    def loss(self, values: th.Tensor, batch: Minibatch) -> th.Tensor:
+        # Mean squared error to the TD(gae_lambda) targets
+        samples = batch.samples
+        if self.clip_range_vf is not None:
+            # Clip the difference between old and new value; NOTE: this depends on the reward scaling
+            change = th.clamp(values - samples.old_values, -self.clip_range_vf, self.clip_range_vf)  # type: ignore[arg-type]
+            values = samples.old_values + change
+        return F.mse_loss(batch.select(samples.returns), batch.select(values))
+
+
+class SeparateCritic(Critic):
     """
     A critic that is optimised separately: before the policy, and from more rollouts, as a value is not tied to the policy that
     acted as closely as a gradient is. The policy's advantages then come from a critic that has learned from the current
@@ -113,7 +135,6 @@ class SeparateCritic(JointCritic):
         gae_lambda: float | None = None,
         std_scaled_learning_rate: bool = False,
     ) -> None:
-        super().__init__(vf_coef=0.0)
         check_whole_number("n_rollouts", n_rollouts)
         check_whole_number("n_epochs", n_epochs)
         if gae_lambda is not None and not 0 <= gae_lambda <= 1:
@@ -178,7 +199,7 @@ def _regression_step(
     policy: ActorCriticPolicy, descend: Descent, observations: PyTorchObs, returns: th.Tensor
 ) -> tuple[th.Tensor, th.Tensor]:
     """One minibatch of a critic that is optimised separately: its loss, and the norm of each parameter's gradient."""
-    loss, backward = regress_values(policy, observations, returns)
+    loss, backward = regress_values(policy, observations, returns, written_out=not descend.compiled)
     _, norms = descend(loss, backward=backward)
     return loss.detach(), norms
 
@@ -187,8 +208,8 @@ _compiled_regression_step = compiled(_regression_step)
 
 
 def make_critic(
-    vf_coef: float, clip_range_vf: float | Schedule | None, n_rollouts: int | None = None, **kwargs: Any
-) -> JointCritic:
+    vf_coef: float, clip_range_vf: float | Schedule | None, /, n_rollouts: int | None = None, **kwargs: Any
+) -> Critic:
     """
     :param vf_coef: Of a :class:`JointCritic`
     :param clip_range_vf: Of a :class:`JointCritic`

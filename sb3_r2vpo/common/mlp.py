@@ -81,6 +81,7 @@ class Networks:
     """
 
     def __init__(self, policy: ActorCriticPolicy) -> None:
+        self.parts = _parts(policy)
         self.layers = _layers(policy)
         (self.actor, self.critic), self.log_std = map(Layers, self.layers), policy._parameters.get("log_std")
         pairs = self.actor.parameters + self.critic.parameters
@@ -100,7 +101,7 @@ class Networks:
         :return: Whether no part of it has been replaced, and no hook registered since
         """
         layers = _layers(policy)
-        if self.n_hooks != RemovableHandle.next_id or layers != self.layers:
+        if self.n_hooks != RemovableHandle.next_id or layers != self.layers or _parts(policy) != self.parts:
             return False
         if type(policy.action_dist) is not self.distribution or self.n_attributes != [*map(len, map(vars, self.modules))]:
             return False
@@ -115,6 +116,13 @@ class Networks:
 
 
 _requires_grad = attrgetter("requires_grad")
+
+
+def _parts(policy: ActorCriticPolicy) -> list[Any]:
+    """What comes before the layers."""
+    parts = policy._modules
+    names = ("features_extractor", "pi_features_extractor", "vf_features_extractor", "mlp_extractor")
+    return [parts[name] for name in names]
 
 
 def _layers(policy: ActorCriticPolicy) -> tuple[list[Any], list[Any]]:

@@ -89,7 +89,12 @@ MultiInputPolicy = MultiInputActorCriticPolicy
 
 
 def evaluate(
-    policy: ActorCriticPolicy, obs: PyTorchObs, actions: th.Tensor, with_values: bool = True, **inputs: Any
+    policy: ActorCriticPolicy,
+    obs: PyTorchObs,
+    actions: th.Tensor,
+    with_values: bool = True,
+    written_out: bool = True,
+    **inputs: Any,
 ) -> Evaluation:
     """
     ``policy.evaluate_actions`` of any policy, with the backward pass that belongs to it.
@@ -98,13 +103,14 @@ def evaluate(
     :param obs: Observations
     :param actions: Actions
     :param with_values: Whether values are needed
+    :param written_out: Whether a written-out backward pass may be used: not in compiled code
     :param inputs: What the policy takes besides, such as action masks
     :return: The evaluation; ``None`` for values that are not needed
     """
-    if isinstance(policy, MlpPolicy) and not th.compiler.is_compiling():
-        written_out = policy.evaluate(obs, actions, with_values)
-        if written_out is not None:
-            return written_out
+    if written_out and isinstance(policy, MlpPolicy):
+        evaluation = policy.evaluate(obs, actions, with_values)
+        if evaluation is not None:
+            return evaluation
     values, log_prob, entropy = policy.evaluate_actions(obs, actions, **inputs)
     # SB3 leaves the distribution in the policy, with its graph: it would break compiled code in two, and can't be copied
     if hasattr(policy.action_dist, "distribution"):
@@ -112,17 +118,20 @@ def evaluate(
     return Evaluation(values if with_values else None, log_prob, entropy)
 
 
-def regress_values(policy: ActorCriticPolicy, obs: PyTorchObs, returns: th.Tensor) -> tuple[th.Tensor, Backward]:
+def regress_values(
+    policy: ActorCriticPolicy, obs: PyTorchObs, returns: th.Tensor, written_out: bool = True
+) -> tuple[th.Tensor, Backward]:
     """
     :param policy: Any policy
     :param obs: Observations
     :param returns: What their values should be, shape ``(batch_size,)``
+    :param written_out: Whether a written-out backward pass may be used: not in compiled code
     :return: The mean squared error of the policy's values, and its backward pass
     """
-    if isinstance(policy, MlpPolicy) and not th.compiler.is_compiling():
-        written_out = policy.regress_values(obs, returns)
-        if written_out is not None:
-            return written_out
+    if written_out and isinstance(policy, MlpPolicy):
+        regression = policy.regress_values(obs, returns)
+        if regression is not None:
+            return regression
     return F.mse_loss(policy.predict_values(obs).flatten(), returns), th.Tensor.backward
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import torch as th
 from stable_baselines3.common.buffers import DictRolloutBuffer, RolloutBuffer
 
+from sb3_r2vpo.common.checks import check_whole_number
 from sb3_r2vpo.common.sampler import bytes_a_step, map_field, shuffled_minibatches, split
 from sb3_r2vpo.core.batch import Minibatch
 
@@ -28,18 +29,8 @@ SHUFFLED_STEPS: set[Callable[..., Any]] = {RolloutBuffer.get, DictRolloutBuffer.
 TIME_MAJOR = ("rewards", "episode_starts")
 
 
-def check_whole_number(name: str, value: object) -> None:
-    """
-    :param name: Name of an argument
-    :param value: Its value
-    :raises ValueError: It is not a whole number of at least 1.
-    """
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"`{name}` is {value!r}; it must be a whole number, at least 1.")
-
-
 class PaddedSamples:
-    """Of a rollout buffer whose samples are padded: sequences of different lengths."""
+    """A rollout buffer whose samples are padded, as its sequences have different lengths."""
 
     def minibatch(self, samples: Any) -> Minibatch:
         """
@@ -187,6 +178,12 @@ class Rollout:
         return self._samples
 
     @property
+    def n_training_samples(self) -> int:
+        """Number of steps to train on"""
+        selected = getattr(self.buffer, "selected_indices", None)
+        return len(self) if selected is None else len(selected)
+
+    @property
     def training_samples(self) -> Any:
         """The steps to train on: all, unless the buffer selects some, as that of responses does"""
         selected = getattr(self.buffer, "selected_indices", None)
@@ -203,6 +200,8 @@ class Rollout:
         :param following: Another rollout
         :return: Whether it begins where this one ends, in every environment: not after a reset by a new call to ``learn``
         """
+        if not np.array_equal(self.last_dones, following.buffer.episode_starts[0]):
+            return False
         first_obs = map_field(lambda array: array[:: following.buffer.buffer_size], following.buffer.observations)
         ends, begins = (obs if isinstance(obs, dict) else {"": obs} for obs in (self.last_obs, first_obs))
         return all(
@@ -247,7 +246,7 @@ class Rollout:
         buffer.gamma, buffer.gae_lambda = gamma, gae_lambda
         last_values = predict_values(self.last_obs)
         if following is not None and self.continues_in(following):
-            # With this for a value, the last step's TD error is the error and all later ones of the sum of GAE
+            # GAE goes on: to bootstrap with V + lambda * A adds gamma * lambda * A, of the next step, to the last TD error
             first_advantages = th.as_tensor(following.buffer.advantages[:: following.buffer.buffer_size]).flatten()
             last_values = last_values.flatten().cpu() + gae_lambda * first_advantages
         buffer.compute_returns_and_advantage(last_values=last_values, dones=self.last_dones)
@@ -308,7 +307,9 @@ def passes(rollouts: list[Rollout], batch_size: int, n_passes: int) -> Iterator[
     :param n_passes: Number of passes, each of as many minibatches as the newest rollout has
     :return: For each pass its minibatches, uniform over the rollouts; to be drawn before those of the next
     """
-    per_pass = math.ceil(len(rollouts[-1].training_samples.old_log_prob) / batch_size)
+    lengths = [rollout.n_training_samples for rollout in rollouts]
+    # A rollout of responses may leave nothing to train on
+    per_pass = math.ceil((lengths[-1] or max(lengths)) / batch_size)
     shuffles = (shuffled_minibatches([rollout.training_samples for rollout in rollouts], batch_size) for _ in repeat(None))
     minibatches = chain.from_iterable(shuffles)
     return (islice(minibatches, per_pass) for _ in range(n_passes))

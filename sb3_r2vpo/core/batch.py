@@ -21,7 +21,8 @@ def token_mean(values: th.Tensor, mask: th.Tensor) -> th.Tensor:
     """
     Mean over all tokens where ``mask`` is set: a long response weighs more than a short one (DAPO's normalisation).
 
-    Masked entries take no part even if they are NaN. With nothing left, the result is zero.
+    Masked entries take no part in the mean, even if they are NaN; their gradient is zero where what they come from is finite.
+    With nothing left, the result is zero.
 
     :param values: Shape ``(n_sequences, n_tokens)``.
     :param mask: Same shape, boolean or 0/1.
@@ -64,7 +65,7 @@ class Minibatch:
     :param samples: The rollout buffer's own tuple of tensors: ``observations``, ``actions``, ``old_values``, ``old_log_prob``,
         ``advantages``, ``returns``, and whatever the policy needs besides, such as action masks
     :param mask: Boolean, of the shape of ``old_log_prob``: which entries count. ``None``, where all do: steps of a robot. A
-        language model's tokens and a recurrent policy's sequences are padded to one length, and have a mask.
+        language model's responses are padded to one length, and have a mask.
     :param average: How masked values are averaged, such as :func:`token_mean`; without a mask it is the plain mean.
     """
 
@@ -77,7 +78,7 @@ class Minibatch:
         :param values: A loss, one value for each entry of ``old_log_prob``
         :return: Its average, a scalar
         """
-        return values.mean() if self.mask is None else self.average(values, self.mask)
+        return mean(values) if self.mask is None else self.average(values, self.mask)
 
     def select(self, values: th.Tensor) -> th.Tensor:
         """

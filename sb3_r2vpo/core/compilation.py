@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import cache, wraps
+from types import FunctionType
 from typing import ParamSpec, TypeVar
 
 import torch as th
@@ -24,13 +25,16 @@ def compiled(function: Callable[P, T]) -> Callable[P, T]:
     Compile a function of tensors, gradients included, at its first call, once for each combination of shapes.
 
     Shapes are not made variable: a truncated last minibatch would then slow down all the others. The compiled code belongs to
-    the function, not to a model: a model that is copied or saved takes none of it along.
+    the function, not to a model: a model that is copied or saved takes none of it along. It is compiled as a function of its
+    own, so that what one compiled function can't do is not held against another one of the same source.
 
     :param function: Floats among its arguments, and all it reads otherwise, are constants of the compiled code
     :return: The compiled function
     :raises RuntimeError: At the first call: there is no compiler.
     """
-    compile_once = cache(lambda: th.compile(function, dynamic=False))
+    own_code = function.__code__.replace()
+    own = FunctionType(own_code, function.__globals__, function.__name__)
+    compile_once = cache(lambda: th.compile(own, dynamic=False))
 
     @wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> T:

@@ -21,10 +21,11 @@ MAX_VIOLATION = 1.0
 def scheduled(value: float | Schedule, progress_remaining: float) -> float:
     """
     :param value: A number, or a schedule of the remaining progress
-    :param progress_remaining: From 1 (start of training) to 0
+    :param progress_remaining: From 1 (start of training) to 0; below 0, where the last rollout overshoots the total number of
+        steps, a schedule stays at its end
     :return: The value at this point of training
     """
-    return float(value(progress_remaining)) if callable(value) else float(value)
+    return float(value(max(0.0, progress_remaining))) if callable(value) else float(value)
 
 
 def check_coefficient(name: str, value: Any) -> None:
@@ -98,6 +99,15 @@ class Multiplier(nn.Module):
         if not math.isfinite(value):
             raise ValueError(f"The `var_coef` schedule returned {value} at progress_remaining={progress_remaining:.4f}.")
         self.value.fill_(max(0.0, value))
+
+    def set_value(self, value: th.Tensor) -> None:
+        """
+        Let an adaptive multiplier go on from a value; a fixed one is left as it is.
+
+        :param value: A scalar
+        """
+        if self.adaptive:
+            self.value.copy_(value.clamp(min=self.minimum))
 
     def step(self, ratio_variance: th.Tensor, target_variance: float | th.Tensor, learning_rate: float) -> None:
         """

@@ -84,7 +84,8 @@ def r2vpo(log_ratio: th.Tensor, advantages: th.Tensor, *, var_coef: float | th.T
     :return: Per-sample loss and deviation.
     """
     deviation = ratio_minus_one(log_ratio)
-    # The same multiplied out: fewer operations, and no digit of a small deviation is lost in a sum with one
+    # -rho A + lambda (rho - 1)^2 with rho = 1 + deviation, multiplied out: fewer operations, and no digit of a small deviation
+    # is lost in a sum with one
     loss = deviation * (var_coef * deviation - advantages) - advantages
     return loss, deviation.detach()
 

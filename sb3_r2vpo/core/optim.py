@@ -48,6 +48,10 @@ class FlatState(NamedTuple):
     exp_avgs: tuple[th.Tensor, ...]
     denominators: tuple[th.Tensor, ...]
 
+    def is_current(self, group: dict[str, Any]) -> bool:
+        """:return: Whether the optimizer's options are as before, and Adam has not stepped some of the parameters alone"""
+        return self.betas == group["betas"] and self.eps == group["eps"] and bool((self.step == self.step[0]).all())
+
 
 class FlatAdam(th.optim.Adam):
     """
@@ -80,11 +84,6 @@ class FlatAdam(th.optim.Adam):
             for parameter in group["params"]:
                 parameter.grad = None
 
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        # Adam's own, for whatever has a gradient: the steps of the parameters may no longer be equal afterwards
-        self._flat = {}
-        return super().step(closure)
-
     @th.inference_mode()
     def step_flat(self, flat: FlatState) -> None:
         """
@@ -108,8 +107,11 @@ class FlatAdam(th.optim.Adam):
         """
         key = tuple(map(id, parameters))
         group = self.param_groups[0]
-        if key in self._flat and self._flat[key].betas == group["betas"] and self._flat[key].eps == group["eps"]:
-            return self._flat[key]
+        if self._optimizer_step_pre_hooks or self._optimizer_step_post_hooks:
+            return None
+        known = self._flat.get(key)
+        if known is not None and known.is_current(group):
+            return known
         owned = {id(parameter) for parameter in group["params"]}
         states = [self.state[parameter] for parameter in parameters if id(parameter) in owned]
         alike = (
@@ -118,7 +120,6 @@ class FlatAdam(th.optim.Adam):
             and len({(parameter.dtype, parameter.device) for parameter in parameters}) == 1
             and len({float(state.get("step", 0)) for state in states}) == 1
             and not any(group.get(option) for option in (*_PLAIN_OPTIONS, "weight_decay"))
-            and not (self._optimizer_step_pre_hooks or self._optimizer_step_post_hooks)
         )
         if not alike:
             return None
@@ -132,7 +133,7 @@ class FlatAdam(th.optim.Adam):
         for state, *views in zip(states, step, exp_avgs, exp_avg_sqs, strict=True):
             state["step"], state["exp_avg"], state["exp_avg_sq"] = views
         # The state of a parameter is a view of one common tensor only
-        self._flat = {known: flat for known, flat in self._flat.items() if not {*known} & {*key}}
+        self._flat = {other: flat for other, flat in self._flat.items() if not {*other} & {*key}}
         self._flat[key] = FlatState(
             parameters=tuple(parameters), betas=group["betas"], eps=group["eps"],
             learning_rate=step.new_tensor(float(group["lr"])), step=step,

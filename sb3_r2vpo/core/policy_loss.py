@@ -23,7 +23,7 @@ class PolicyLoss:
     :raises ValueError: One of the coefficients is missing or unknown.
     """
 
-    def __init__(self, name: str, **coefficients: float | Schedule) -> None:
+    def __init__(self, name: str, /, **coefficients: float | Schedule) -> None:
         self.function = OBJECTIVES[name]
         options = [p for p in inspect.signature(self.function).parameters.values() if p.kind is p.KEYWORD_ONLY]
         self.takes_sequence_ratio = any(p.name == "sequence_log_ratio" for p in options)
@@ -126,6 +126,8 @@ class RatioVarianceLoss(PolicyLoss):
         self.multiplier.follow_schedule(progress_remaining)
         self.coefficients = {"var_coef": self.multiplier.value}
         target_variance = scheduled(self._target_variance, progress_remaining)
+        if not 0 <= target_variance < math.inf:
+            raise ValueError(f"The `target_variance` schedule returned {target_variance} at {progress_remaining=:.4f}.")
         self.target_variance = th.as_tensor(target_variance, device=self.multiplier.value.device)
 
     def entropy_bonus(self, ratio_variance: th.Tensor) -> th.Tensor | None:
@@ -151,23 +153,24 @@ def make_policy_loss(
     var_coef: float | Schedule | str,
     target_variance: float | Schedule,
     n_actions: int | None = None,
-    **kwargs: Any,
+    options: dict[str, Any] | None = None,
 ) -> PolicyLoss:
     """
     :param name: Key of ``OBJECTIVES``
     :param var_coef: Of R2VPO's objectives, see :class:`RatioVarianceLoss`; baselines have no use for it
     :param target_variance: As above
     :param n_actions: As above
-    :param kwargs: Further options of the objective
+    :param options: Further ones of the objective, by name
     :return: The objective with its coefficients
     :raises ValueError: There is no such objective, or one of its options is missing, unknown or out of its range.
     """
     if name not in OBJECTIVES:
         raise ValueError(f"Unknown `objective` {name!r}; choose one of {', '.join(OBJECTIVES)}.")
+    options = options or {}
     if not name.startswith("r2vpo"):
-        return PolicyLoss(name, **kwargs)
-    options = inspect.signature(RatioVarianceLoss).parameters.values()
-    known = {option.name for option in options if option.kind is option.KEYWORD_ONLY}
-    if set(kwargs) - known:
-        raise ValueError(f"The objective {name!r} got `objective_kwargs` {sorted(kwargs)}; it takes {sorted(known)}.")
-    return RatioVarianceLoss(name, var_coef, target_variance, n_actions, **kwargs)
+        return PolicyLoss(name, **options)
+    parameters = inspect.signature(RatioVarianceLoss).parameters.values()
+    known = {parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY}
+    if set(options) - known:
+        raise ValueError(f"The objective {name!r} got `objective_kwargs` {sorted(options)}; it takes {sorted(known)}.")
+    return RatioVarianceLoss(name, var_coef, target_variance, n_actions, **options)

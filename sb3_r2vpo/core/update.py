@@ -1,13 +1,15 @@
 """The algorithm on one page: one gradient step on the policy and one dual step on the multiplier, from one minibatch."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, NamedTuple, Protocol
 
 import torch as th
 
 from sb3_r2vpo.core.batch import Minibatch
 from sb3_r2vpo.core.compilation import compiled
+from sb3_r2vpo.core.objectives import ratio_statistics
 from sb3_r2vpo.core.optim import Descent
 from sb3_r2vpo.core.policy_loss import PolicyLoss
 
@@ -35,7 +37,7 @@ class Evaluation(NamedTuple):
 class ValueLoss(Protocol):
     """How the critic learns from the policy's minibatches; see ``sb3_r2vpo.common.critic``."""
 
-    #: Of the value loss in the sum; zero for a critic that does not learn from these minibatches
+    #: Coefficient of the value loss
     vf_coef: float
 
     def loss(self, values: th.Tensor, batch: Minibatch) -> th.Tensor:
@@ -54,6 +56,7 @@ class Update:
     :param ent_coef: Entropy coefficient, a scalar; ``None`` for no entropy bonus
     :param normalize_advantage: Whether to normalise advantages over the minibatch: it sets the units of the multiplier
     :param target_kl: No step is made on a minibatch whose approximate KL divergence exceeds 1.5 times this value
+    :param kind: Updates of different kinds, such as those of different policy classes, are compiled separately
     """
 
     evaluate: Callable[[Any], Evaluation]
@@ -63,17 +66,18 @@ class Update:
     ent_coef: th.Tensor | None = None
     normalize_advantage: bool = True
     target_kl: float | None = None
+    kind: Hashable = None
 
     def __call__(self, batch: Minibatch) -> Statistics:
         """
         :param batch: A minibatch
         :return: Its statistics, on the device: to read one is to wait for it
         """
-        return (compiled_step if self.descend.compiled else step)(self, batch)
+        return (compiled_step(self.kind) if self.descend.compiled else step)(self, batch)
 
 
 def step(update: Update, batch: Minibatch) -> Statistics:
-    """Ascent on the policy, unless it is too far from the behaviour policy already, and on the multiplier."""
+    """One gradient step on the policy, unless ``target_kl`` is exceeded, and one dual step on the multiplier."""
     samples, objective = batch.samples, update.objective
     values, log_prob, entropy, backward = update.evaluate(samples)
     advantages = batch.normalized_advantages() if update.normalize_advantage else samples.advantages
@@ -82,7 +86,7 @@ def step(update: Update, batch: Minibatch) -> Statistics:
     log_ratio = log_prob - samples.old_log_prob
     losses, deviation = objective(log_ratio, advantages)
     loss = policy_loss = batch.mean(losses)
-    ratio_variance = batch.select(deviation).square().mean()
+    ratio_variance = batch.mean(deviation.square())
 
     # Entropy favors exploration; -log_prob estimates it where there is no closed form
     entropy_loss = -batch.mean(-log_prob if entropy is None else entropy)
@@ -107,7 +111,7 @@ def step(update: Update, batch: Minibatch) -> Statistics:
 
     may_step = None
     if update.target_kl is not None:
-        statistics["approx_kl"] = batch.select(deviation - log_ratio.detach()).mean()
+        statistics["approx_kl"] = batch.mean(ratio_statistics(log_ratio)["approx_kl"])
         may_step = statistics["approx_kl"] <= 1.5 * update.target_kl
     accepted, statistics["grad_norms"] = update.descend(loss, may_step, backward)
     # Eq. 10: lambda <- max(0, lambda + eta (E[(rho - 1)^2] - epsilon))
@@ -115,4 +119,7 @@ def step(update: Update, batch: Minibatch) -> Statistics:
     return statistics
 
 
-compiled_step = compiled(step)
+@cache
+def compiled_step(kind: Hashable) -> Callable[[Update, Minibatch], Statistics]:
+    """:return: :func:`step`, compiled for updates of this kind"""
+    return compiled(step)

@@ -86,7 +86,7 @@ class SequenceRolloutBuffer(PaddedSamples, DictRolloutBuffer):
     :raises ValueError: An option is unknown, or a rollout is longer than ``MAX_BATCHES`` steps.
     """
 
-    time_major = (*TIME_MAJOR, "selected")
+    time_major = (*TIME_MAJOR, "groups", "selected")
 
     def __init__(
         self,

@@ -19,7 +19,9 @@ def __getattr__(name: str) -> Any:
 
 def register() -> None:
     """
-    Register R2VPO with the Zoo under the names ``r2vpo`` and ``r2vpo_off``.
+    Register R2VPO with the Zoo: ``r2vpo``, ``r2vpo_off``, ``r2vpo_lstm`` (recurrent) and ``r2vpo_mask`` (invalid actions).
+
+    Of the last one the Zoo can train, evaluate on the way and continue; its scripts for tuning and watching have no masks.
 
     It has to happen before ``rl_zoo3.train.train()`` parses its command line, whose ``--algo`` offers what is registered by
     then; the Zoo's own ``--gym-packages`` comes too late.
@@ -27,11 +29,12 @@ def register() -> None:
     import rl_zoo3.train
     from rl_zoo3.hyperparams_opt import HYPERPARAMS_CONVERTER, HYPERPARAMS_SAMPLER
 
-    from sb3_r2vpo import R2VPO, R2VPOOff
+    from sb3_r2vpo import R2VPO, MaskableR2VPO, R2VPOOff, RecurrentR2VPO
     from sb3_r2vpo.zoo.manager import ExperimentManager
     from sb3_r2vpo.zoo.sampler import convert_r2vpo_params, sample_r2vpo_off_params, sample_r2vpo_params
 
-    rl_zoo3.ALGOS.update(r2vpo=R2VPO, r2vpo_off=R2VPOOff)
-    HYPERPARAMS_SAMPLER.update(r2vpo=sample_r2vpo_params, r2vpo_off=sample_r2vpo_off_params)
-    HYPERPARAMS_CONVERTER.update(r2vpo=convert_r2vpo_params, r2vpo_off=convert_r2vpo_params)
+    rl_zoo3.ALGOS.update(r2vpo=R2VPO, r2vpo_off=R2VPOOff, r2vpo_lstm=RecurrentR2VPO, r2vpo_mask=MaskableR2VPO)
+    samplers = {"r2vpo": sample_r2vpo_params, "r2vpo_off": sample_r2vpo_off_params, "r2vpo_lstm": sample_r2vpo_params}
+    HYPERPARAMS_SAMPLER.update(samplers)
+    HYPERPARAMS_CONVERTER.update(dict.fromkeys(samplers, convert_r2vpo_params))
     rl_zoo3.train.ExperimentManager = ExperimentManager  # type: ignore[misc]

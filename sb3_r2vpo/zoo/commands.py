@@ -30,6 +30,8 @@ def train(arguments: Sequence[str]) -> None:
       r2vpo train --env CartPole-v1
       r2vpo train --env dm_control/cheetah-run-v0 --vec-env envpool --eval-freq 50000 --save-freq 200000
       r2vpo train --algo r2vpo_off --env dm_control/cheetah-run-v0 --save-replay-buffer
+      r2vpo train --algo r2vpo_lstm --env CartPoleNoVel-v1                a recurrent policy
+      r2vpo train --algo r2vpo_mask --env MyEnv-v0 --gym-packages mine    an environment with a method action_masks()
       r2vpo train --algo ppo --env dm_control/cheetah-run-v0              the baseline, tuned for the same budget
       r2vpo train --env dm_control/cheetah-run-v0 --conf-file paper       the paper's own settings
       r2vpo train --env Pendulum-v1 -params target_variance:0.05 n_epochs:5
@@ -63,6 +65,7 @@ def tune(arguments: Sequence[str]) -> None:
     several processes to share one study, each with another --seed or with none: equal seeds sample equal trials. A trial that
     diverges is pruned. Tables and plots of the study are written below logs/<algo>/.
     """
+    _refuse_masks("tune", arguments)
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--algo", default="r2vpo")
     parser.add_argument("--env", type=EnvironmentName, default="CartPole-v1")
@@ -82,6 +85,7 @@ def enjoy(arguments: Sequence[str]) -> None:
 
     The best model and checkpoints run with the normalization statistics saved with them.
     """
+    _refuse_masks("enjoy", arguments)
     with matching_statistics():
         _run_in_zoo("enjoy", [*ENJOY_DEFAULTS, *arguments], rl_zoo3.enjoy.enjoy)
 
@@ -95,6 +99,7 @@ def record_video(arguments: Sequence[str]) -> None:
 
     Without a display, DM Control renders with EGL or OSMesa; set MUJOCO_GL to choose.
     """
+    _refuse_masks("record-video", arguments)
     # The Zoo's script has no function to call, and a new interpreter would not know our algorithms
     script = partial(runpy.run_module, "rl_zoo3.record_video", run_name="__main__")
     with matching_statistics():
@@ -139,6 +144,17 @@ def _train(command: str, arguments: Sequence[str]) -> None:
     num_threads = "1" if ours.num_threads is None else str(ours.num_threads)
     options = ["--vec-env", "dummy" if envpool else ours.vec_env, "--num-threads", num_threads]
     _run_in_zoo(command, [*zoos, *options], rl_zoo3.train.train)
+
+
+def _refuse_masks(command: str, arguments: Sequence[str]) -> None:
+    """The Zoo's script would let the agent take invalid actions, in silence."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--algo")
+    if parser.parse_known_args(arguments)[0].algo == "r2vpo_mask":
+        sys.exit(
+            f"r2vpo {command}: the Zoo's script has no action masks. Load the model in Python with MaskableR2VPO.load(), and "
+            "use sb3_contrib.common.maskable.evaluation.evaluate_policy()."
+        )
 
 
 def _run_in_zoo(command: str, arguments: Sequence[str], script: Callable[[], object]) -> None:

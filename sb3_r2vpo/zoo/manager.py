@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import optuna
+import rl_zoo3.exp_manager
 import torch as th
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
@@ -18,11 +19,12 @@ from rl_zoo3.callbacks import SaveVecNormalizeCallback
 from rl_zoo3.exp_manager import ExperimentManager as ZooExperimentManager
 from rl_zoo3.hyperparams_opt import HYPERPARAMS_CONVERTER
 from rl_zoo3.utils import get_latest_run_id
+from sb3_contrib.common.maskable.callbacks import MaskableEvalCallback
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback, CheckpointCallback, EvalCallback
 from stable_baselines3.common.vec_env import VecEnv, VecMonitor, VecNormalize
 
-from sb3_r2vpo.zoo.companions import find_companion
+from sb3_r2vpo.zoo.companions import find_companion, replaced
 from sb3_r2vpo.zoo.plots import plot_study
 from sb3_r2vpo.zoo.settings import choose_num_threads, find_settings, resolve_activation, split_schedules
 
@@ -117,7 +119,9 @@ class ExperimentManager(ZooExperimentManager):
         super().create_log_folder()
 
     def create_callbacks(self) -> None:
-        super().create_callbacks()
+        is_masked = self.algo == "r2vpo_mask"
+        with replaced(rl_zoo3.exp_manager, EvalCallback=MaskableEvalCallback if is_masked else EvalCallback):
+            super().create_callbacks()
         # The Zoo overwrites the best model's statistics with the final ones, and saves none with checkpoints
         for callback in self.callbacks:
             if isinstance(callback, CheckpointCallback):
