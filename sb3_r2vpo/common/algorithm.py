@@ -329,7 +329,8 @@ class RatioVarianceAlgorithm(ReplaySaving, RolloutCollection):
         clip_range = self.policy_loss.coefficients.get("clip_range", PPO_CLIP_RANGE)
         summary = summarize_ratios(th.cat(statistics.pop("log_ratio")), clip_range)
         trained = self.critic.trains(self.policy).items()
-        is_critic = ["value_net" in name or name.startswith("vf_") for name, parameter in trained if parameter.requires_grad]
+        names = [name for name, parameter in trained if parameter.requires_grad]
+        is_critic = ["value_net" in name or name.startswith(("vf_", "lstm_critic.", "critic.")) for name in names]
         summary |= gradient_norms(is_critic, th.stack(statistics.pop("grad_norms")))
         summary |= {name: th.stack(values) for name, values in statistics.items()}
         means = th.stack([values.mean() for values in summary.values()]).tolist()
