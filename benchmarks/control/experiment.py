@@ -78,7 +78,7 @@ LAYER_NORM = {
     "policy": "sb3_r2vpo.r2vpo.LayerNormMlpPolicy",
     "policy_kwargs": {"net_arch": [128, 128], "features_extractor_kwargs": {"features_dim": 128}, "log_std_init": 0.0},
 }
-# R2VPO's critic, which learns apart, and its policy's rate, which falls with the standard deviation; TUNING.md, steps 18, 19
+# R2VPO's critic, which is optimised separately, and its policy's rate, which falls with the standard deviation; TUNING.md, steps 18, 19
 CRITIC = {"n_rollouts": 2, "gae_lambda": 0.99, "std_scaled_learning_rate": True}
 SCALED = {"critic_kwargs": CRITIC, "gae_lambda": 0.7}
 # What R2VPO had before
@@ -92,7 +92,7 @@ JOINT = {
 SHORT = {"n_steps": 32, "replay_capacity": 4, "gae_lambda": 0.95}
 #: Other policies than the comparison's, for annealed PPO and R2VPOOff as it was alike, by what the names of both end with
 POLICIES: dict[str, Settings] = {
-    # The probabilities of the actions that the environment gets; so far on walker-run and cheetah-run only
+    # Probabilities of the clipped actions; so far on walker-run and cheetah-run only
     "censored": {"policy": "sb3_r2vpo.r2vpo.CensoredMlpPolicy"},
     # So far two seeds
     "layer_norm": LAYER_NORM,
@@ -119,7 +119,7 @@ METHODS |= {
 }
 METHODS |= {
     "r2vpo_layer_norm": replace(METHODS["r2vpo"], own={**LAYER_NORM, **COMPILED}),
-    # A critic that learns apart, step 17 of TUNING.md
+    # A separately optimised critic, step 17 of TUNING.md
     "r2vpo_off_short_critic": replace(
         METHODS["r2vpo_off_short"],
         own={**SHORT, "critic_kwargs": {"n_rollouts": 8, "gae_lambda": 0.95}, "gae_lambda": 0.7, **COMPILED},

@@ -21,6 +21,7 @@ from sb3_r2vpo.common.checks import check_batch_size, check_whole_number
 from sb3_r2vpo.common.collection import RolloutCollection
 from sb3_r2vpo.common.critic import Critic, make_critic
 from sb3_r2vpo.common.exploration import CorrelatedNoise
+from sb3_r2vpo.common.mlp import unchanging
 from sb3_r2vpo.common.policies import CnnPolicy, MlpPolicy, MultiInputPolicy, evaluate
 from sb3_r2vpo.common.rollout import (
     PaddedSamples,
@@ -196,13 +197,14 @@ class RatioVarianceAlgorithm(ReplaySaving, RolloutCollection):
         update = self._make_update()
         # Tensors until the end of the update: to read one is to wait for the device
         statistics: defaultdict[str, list[th.Tensor]] = defaultdict(list)
-        for batch in self._minibatches(rollouts):
-            for name, value in update(batch).items():
-                statistics[name].append(value)
-            if self.target_kl is not None and statistics["approx_kl"][-1] > 1.5 * self.target_kl:
-                if self.verbose >= 1:
-                    print(f"Early stopping at update {self._n_updates} due to reaching max kl")
-                break
+        with unchanging(self.policy):
+            for batch in self._minibatches(rollouts):
+                for name, value in update(batch).items():
+                    statistics[name].append(value)
+                if self.target_kl is not None and statistics["approx_kl"][-1] > 1.5 * self.target_kl:
+                    if self.verbose >= 1:
+                        print(f"Early stopping at update {self._n_updates} due to reaching max kl")
+                    break
         # A rollout of sequences may leave nothing to train on
         if statistics:
             refuse_nonfinite(th.stack(statistics["grad_norms"]))

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from copy import deepcopy
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,6 +12,7 @@ from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from torch.nn import functional as F
 
 from sb3_r2vpo.common.checks import check_whole_number
+from sb3_r2vpo.common.mlp import unchanging
 from sb3_r2vpo.common.policies import evaluate, regress_values
 from sb3_r2vpo.common.rollout import Rollout, passes
 from sb3_r2vpo.core.batch import Minibatch
@@ -183,8 +184,8 @@ class SeparateCritic(Critic):
             policy.set_training_mode(True)
             step = _compiled_regression_step if model.compile else _regression_step
             losses, norms = [], []
-            for minibatches in passes(rollouts, model.batch_size, self.n_epochs):
-                for batch in minibatches:
+            with unchanging(policy):
+                for batch in chain.from_iterable(passes(rollouts, model.batch_size, self.n_epochs)):
                     loss, grad_norms = step(policy, descend, batch.observations, batch.returns)
                     losses.append(loss)
                     norms.append(grad_norms)
