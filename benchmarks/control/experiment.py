@@ -78,7 +78,7 @@ LAYER_NORM = {
     "policy": "sb3_r2vpo.r2vpo.LayerNormMlpPolicy",
     "policy_kwargs": {"net_arch": [128, 128], "features_extractor_kwargs": {"features_dim": 128}, "log_std_init": 0.0},
 }
-# R2VPO's critic, which is optimised separately, and its policy's rate, which falls with the standard deviation; TUNING.md, steps 18, 19
+# R2VPO's critic, optimised separately, and its policy's rate, which falls with the standard deviation; TUNING.md, steps 18, 19
 CRITIC = {"n_rollouts": 2, "gae_lambda": 0.99, "std_scaled_learning_rate": True}
 SCALED = {"critic_kwargs": CRITIC, "gae_lambda": 0.7}
 # What R2VPO had before

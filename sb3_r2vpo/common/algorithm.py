@@ -217,7 +217,6 @@ class RatioVarianceAlgorithm(ReplaySaving, RolloutCollection):
             last_obs=deepcopy(self._last_obs),  # type: ignore[arg-type]
             last_dones=deepcopy(self._last_episode_starts),  # type: ignore[arg-type]
             timeouts=self._timeouts,
-            version=self._n_updates,
             fixed=self._renews_advantages and self._snapshot.changed(),
         )
         if self.replay_buffer is None:

@@ -141,7 +141,6 @@ class Rollout:
     :param last_obs: Observations after the last step, one for each environment
     :param last_dones: Whether the last step ended an episode, for each environment
     :param timeouts: Where episodes were cut off, with the critic's values at collection
-    :param version: Number of policy updates before it was collected
     :param fixed: Whether advantages and returns stay as they are, as a callback has set them
     """
 
@@ -151,13 +150,11 @@ class Rollout:
         last_obs: Observation,
         last_dones: np.ndarray,
         timeouts: Timeouts,
-        version: int = 0,
         fixed: bool = False,
     ) -> None:
         self.buffer = flatten(rollout_buffer)
         self.last_obs, self.last_dones = last_obs, last_dones
         self.timeouts = timeouts
-        self.version = version
         self.fixed = fixed
         self._samples: Any = None
 
