@@ -17,17 +17,26 @@ if TYPE_CHECKING:
     from sb3_r2vpo.maskable import MaskableR2VPO, MaskableR2VPOOff
     from sb3_r2vpo.r2vpo import R2VPO
     from sb3_r2vpo.r2vpo_off import R2VPOOff
-    from sb3_r2vpo.recurrent import RecurrentR2VPO
+    from sb3_r2vpo.recurrent import MaskableRecurrentR2VPO, RecurrentR2VPO
 
 __version__ = (Path(__file__).parent / "version.txt").read_text().strip()
 
-__all__ = ["R2VPO", "MaskableR2VPO", "MaskableR2VPOOff", "R2VPOOff", "RecurrentR2VPO", "__version__"]
+__all__ = [
+    "R2VPO",
+    "MaskableR2VPO",
+    "MaskableR2VPOOff",
+    "MaskableRecurrentR2VPO",
+    "R2VPOOff",
+    "RecurrentR2VPO",
+    "__version__",
+]
 
 _MODULES = {
     "R2VPO": "sb3_r2vpo.r2vpo",
     "R2VPOOff": "sb3_r2vpo.r2vpo_off",
     "MaskableR2VPO": "sb3_r2vpo.maskable",
     "MaskableR2VPOOff": "sb3_r2vpo.maskable",
+    "MaskableRecurrentR2VPO": "sb3_r2vpo.recurrent",
     "RecurrentR2VPO": "sb3_r2vpo.recurrent",
 }
 

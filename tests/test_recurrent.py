@@ -5,6 +5,7 @@ import torch as th
 from gymnasium import spaces
 from gymnasium.envs.classic_control import CartPoleEnv
 from gymnasium.wrappers import TimeLimit
+from helpers import VECTOR, RandomEnv, logged, weights
 from sb3_contrib import RecurrentPPO
 from stable_baselines3 import PPO
 from stable_baselines3.common.buffers import RolloutBuffer
@@ -15,7 +16,6 @@ from stable_baselines3.common.vec_env import VecNormalize
 from sb3_r2vpo import R2VPO
 from sb3_r2vpo.recurrent import MlpLstmPolicy, RecurrentR2VPO, sequences
 from sb3_r2vpo.recurrent.sequences import SequenceRolloutBuffer
-from tests.helpers import VECTOR, RandomEnv, logged, weights
 
 SMALL = {"n_steps": 32, "batch_size": 24, "n_epochs": 2, "seed": 0, "device": "cpu"}
 NETWORK = {"lstm_hidden_size": 8, "net_arch": [8]}

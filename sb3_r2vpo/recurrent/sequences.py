@@ -30,6 +30,7 @@ class SequenceSamples(NamedTuple):
     :param padded: Which step is where in these calls. Padding repeats some step: it is valid input, whose outputs are not
         looked at. ``None`` where there is no padding.
     :param kept: Where each step is in ``padded``, shape ``(n,)``, or ``None``
+    :param action_masks: Which actions are valid, shape ``(n, n_masks)``, or ``None``
     """
 
     observations: PyTorchObs
@@ -42,6 +43,7 @@ class SequenceSamples(NamedTuple):
     parts: list[tuple[int, int]]
     padded: th.Tensor | None
     kept: th.Tensor | None
+    action_masks: th.Tensor | None = None
 
 
 class _Steps(NamedTuple):
@@ -98,6 +100,8 @@ class SequenceSampling(RolloutBuffer):
     def reset(self) -> None:
         super().reset()
         self._states: list[RNNStates] = []
+        #: Of each step, ``(n_envs, ...)``, where there are any
+        self.action_masks: list[np.ndarray] = []
         self._steps: _Steps | None = None
 
     def add(self, *args: Any, lstm_states: RNNStates, **kwargs: Any) -> None:  # type: ignore[override]
@@ -152,10 +156,10 @@ class SequenceSampling(RolloutBuffer):
         padding = () if steps_only.all() else (steps_only.cumsum() - 1, np.flatnonzero(steps_only))
         index, firsts, *padded_kept = (th.as_tensor(array, device=self.device) for array in (rows, starts, *padding))
         padded, kept = padded_kept or (None, None)
-        fields = (map_field(lambda tensor: tensor.index_select(0, index), field) for field in steps.fields)
+        fields = [map_field(lambda tensor: tensor.index_select(0, index), field) for field in steps.fields]
         hidden_pi, cell_pi, hidden_vf, cell_vf = (state.index_select(1, firsts) for state in steps.states)
         lstm_states = RNNStates((hidden_pi, cell_pi), (hidden_vf, cell_vf))
-        return SequenceSamples(*(*fields, lstm_states, parts, padded, kept))
+        return SequenceSamples(*(*fields[:6], lstm_states, parts, padded, kept, *fields[6:]))
 
     def _all_steps(self) -> _Steps:
         """The rollout as tensors; made once."""
@@ -174,7 +178,11 @@ class SequenceSampling(RolloutBuffer):
                 by_step = th.stack(kind) * goes_on
                 states.append(by_step.permute(1, 2, 0, 3).flatten(1, 2))
             self._states = []
-            self._steps = _Steps((obs_tensor, actions_tensor, *(number.flatten() for number in numbers)), tuple(states))
+            steps = [obs_tensor, actions_tensor, *(number.flatten() for number in numbers)]
+            if self.action_masks:
+                masks = np.stack(self.action_masks, 1).reshape(len(actions), -1)
+                steps.append(th.as_tensor(masks, device=self.device))
+            self._steps = _Steps(tuple(steps), tuple(states))
         return self._steps
 
 
