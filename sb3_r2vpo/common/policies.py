@@ -112,9 +112,9 @@ def evaluate(
         if evaluation is not None:
             return evaluation
     values, log_prob, entropy = policy.evaluate_actions(obs, actions, **inputs)
-    # SB3 leaves the distribution in the policy, with its graph: it would break compiled code in two, and can't be copied
-    if hasattr(policy.action_dist, "distribution"):
-        policy.action_dist.distribution = None  # type: ignore[assignment]
+    # SB3 leaves the distribution in the policy, with its graph: it would break compiled code in two, and can't be copied.
+    # Whether there is one is not asked: compiled code would depend on the answer.
+    policy.action_dist.distribution = None  # type: ignore[assignment]
     return Evaluation(values if with_values else None, log_prob, entropy)
 
 
