@@ -1,11 +1,13 @@
 """What may be replaced, copied, loaded, patched or frozen, and what users' hooks may do: SB3's PPO bears all of it."""
 
 import copy
+import gc
 import io
 import os
 import pickle
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -431,6 +433,7 @@ def test_evaluations_within_a_rollout_have_noise_of_their_own() -> None:
 
 MEMORY = """
 import sys
+import weakref
 import gymnasium as gym, numpy as np, torch as th
 from gymnasium import spaces
 from stable_baselines3 import PPO
@@ -549,3 +552,12 @@ def test_patched_methods_are_called(where: str) -> None:
     setattr(owner, name, lambda *args: calls.append(1) or method(*args))
     model.learn(32, reset_num_timesteps=False)
     assert len(calls) >= 4
+
+
+def test_policies_are_collected() -> None:
+    model = make()
+    model.learn(32)
+    policy = weakref.ref(model.policy)
+    del model
+    gc.collect()
+    assert policy() is None

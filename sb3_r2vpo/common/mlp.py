@@ -3,7 +3,7 @@ in distribution objects than on its numbers (``benchmarks/speed``, ablation)."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from operator import attrgetter, is_
+from operator import attrgetter
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -78,23 +78,8 @@ class Networks:
     """
     Actor and critic of a policy, and the logarithm of a Gaussian's standard deviation, ``None`` for a categorical one.
 
-    :param policy: An MLP of linear layers with tanh or ReLU
+    :param policy: An MLP of linear layers with tanh or ReLU; not referred to, so that it can be collected
     """
-
-    def __init__(self, policy: ActorCriticPolicy) -> None:
-        self.parts = _parts(policy)
-        self.layers = _layers(policy)
-        (self.actor, self.critic), self.log_std = map(Layers, self.layers), policy._parameters.get("log_std")
-        pairs = self.actor.parameters + self.critic.parameters
-        self.parameters: list[Any] = [parameter for pair in pairs for parameter in pair]
-        if self.log_std is not None:
-            self.parameters.append(self.log_std)
-        self.distribution = type(policy.action_dist)
-        self.modules = [policy, policy.mlp_extractor, *self.layers[0], *self.layers[1]]
-        # A method that somebody has set on a module makes one more attribute
-        self.n_attributes = [*map(len, map(vars, self.modules))]
-        # Each registration of a hook, on a module or a tensor, takes the next number
-        self.n_hooks = RemovableHandle.next_id
 
     #: Whether nothing changes for the time being, see :func:`unchanging`
     unchanging = False
@@ -102,20 +87,40 @@ class Networks:
     #: C library hands back and has to fetch again, a tenth of the time with five layers of 256 and minibatches of 4096
     kept: Any = None
 
+    def __init__(self, policy: ActorCriticPolicy) -> None:
+        self.layers = _layers(policy)
+        (self.actor, self.critic), self.log_std = map(Layers, self.layers), policy._parameters.get("log_std")
+        pairs = self.actor.parameters + self.critic.parameters
+        self.parameters: list[Any] = [parameter for pair in pairs for parameter in pair]
+        if self.log_std is not None:
+            self.parameters.append(self.log_std)
+        self.distribution = type(policy.action_dist)
+        mlp = policy.mlp_extractor
+        modules = [mlp, mlp.policy_net, mlp.value_net, *self.layers[0], *self.layers[1]]
+        # Where each part is found, and how many there are
+        containers: list[dict[str, Any]] = [policy._modules, policy._parameters]
+        containers += [container for module in modules for container in (module._modules, module._parameters) if container]
+        self.places = [(container, name, part) for container in containers for name, part in container.items()]
+        # A method that somebody has set on a module makes one more attribute
+        watched = [*containers, *(module.__dict__ for module in modules)]
+        self.sizes = [(container, len(container)) for container in watched]
+        self.n_attributes = len(vars(policy))
+        # Each registration of a hook, on a module or a tensor, takes the next number
+        self.n_hooks = RemovableHandle.next_id
+
     def are_of(self, policy: ActorCriticPolicy) -> bool:
         """
         :param policy: The same policy, later
-        :return: Whether no part of it has been replaced, and no hook registered since
+        :return: Whether no part of it has been replaced, no method set and no hook registered since
         """
-        layers = _layers(policy)
-        if self.n_hooks != RemovableHandle.next_id or layers != self.layers or _parts(policy) != self.parts:
+        if self.n_hooks != RemovableHandle.next_id or type(policy.action_dist) is not self.distribution:
             return False
-        if type(policy.action_dist) is not self.distribution or self.n_attributes != [*map(len, map(vars, self.modules))]:
+        if len(vars(policy)) != self.n_attributes:
             return False
-        found = [parameter for net in layers for layer in net[::2] for parameter in layer._parameters.values()]
-        if self.log_std is not None:
-            found.append(policy._parameters.get("log_std"))
-        return all(map(is_, found, self.parameters))
+        for container, name, part in self.places:
+            if container.get(name) is not part:
+                return False
+        return all(len(container) == size for container, size in self.sizes)
 
     def are_trained(self) -> bool:
         """:return: Whether all parameters are to be trained"""
@@ -125,19 +130,10 @@ class Networks:
 _requires_grad = attrgetter("requires_grad")
 
 
-def _parts(policy: ActorCriticPolicy) -> list[Any]:
-    """What comes before the layers."""
-    parts = policy._modules
-    names = ("features_extractor", "pi_features_extractor", "vf_features_extractor", "mlp_extractor")
-    return [parts[name] for name in names]
-
-
 def _layers(policy: ActorCriticPolicy) -> tuple[list[Any], list[Any]]:
-    """Those of the actor and of the critic, looked up without ``nn.Module.__getattr__``, which takes its time."""
-    parts = policy._modules
-    nets = parts["mlp_extractor"]._modules  # type: ignore[union-attr]
-    actor = [*nets["policy_net"]._modules.values(), parts["action_net"]]  # type: ignore[union-attr]
-    return actor, [*nets["value_net"]._modules.values(), parts["value_net"]]  # type: ignore[union-attr]
+    """Those of the actor and of the critic."""
+    mlp = policy.mlp_extractor
+    return [*mlp.policy_net, policy.action_net], [*mlp.value_net, policy.value_net]
 
 
 def _is_written_out(policy: ActorCriticPolicy) -> bool:
