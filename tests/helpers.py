@@ -2,9 +2,16 @@
 
 import copy
 import math
+import os
+import subprocess
+import sys
+import tarfile
+from importlib.metadata import version
+from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
+import pytest
 import torch as th
 from gymnasium import spaces
 
@@ -40,3 +47,18 @@ def weights(model) -> th.Tensor:
 def logged(model) -> dict[str, float]:
     """Values recorded by the last update, before the next dump clears them"""
     return dict(model.logger.name_to_value)
+
+
+def download_tests(package: str, folder: Path) -> Path:
+    """The tests of a package's installed version, from its source package on PyPI (a wheel has none)."""
+    requirement = f"{package}=={version(package)}"
+    pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", package, requirement]
+    download = subprocess.run(pip, cwd=folder, capture_output=True, text=True)
+    if download.returncode != 0:
+        message = f"The source package of {requirement} could not be downloaded: {download.stderr[-500:]}"
+        # A machine without a network may skip it; CI may not
+        (pytest.fail if os.environ.get("CI") else pytest.skip)(message)
+    with tarfile.open(next(folder.glob("*.tar.gz"))) as archive:
+        # Python 3.11.4 and 3.10.12 are the first with filters
+        archive.extractall(folder, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
+    return next(folder.glob("*/tests"))

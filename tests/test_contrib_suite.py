@@ -4,12 +4,10 @@ import os
 import re
 import subprocess
 import sys
-import tarfile
-from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from helpers import download_tests
 
 PLUGIN_FOLDER = Path(__file__).parent / "contrib_suite"
 
@@ -25,26 +23,12 @@ SUBSTITUTES = [
 
 @pytest.fixture(scope="module")
 def contrib_tests(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tests of the installed version, from its source package on PyPI (a wheel has none)."""
-    folder = tmp_path_factory.mktemp("contrib")
-    requirement = f"sb3-contrib=={version('sb3-contrib')}"
-    pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", "sb3-contrib", requirement]
-    download = subprocess.run(pip, cwd=folder, capture_output=True, text=True)
-    if download.returncode != 0:
-        message = f"The source package of {requirement} could not be downloaded: {download.stderr[-500:]}"
-        # A machine without a network may skip it; CI may not
-        (pytest.fail if os.environ.get("CI") else pytest.skip)(message)
-    with tarfile.open(next(folder.glob("*.tar.gz"))) as archive:
-        # Python 3.11.4 and 3.10.12 are the first with filters
-        archive.extractall(folder, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
-    return next(folder.glob("*/tests"))
+    return download_tests("sb3-contrib", tmp_path_factory.mktemp("contrib"))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("replaced", "algorithm", "selection", "n_tests"), SUBSTITUTES)
 def test_sb3_contrib_tests_pass(contrib_tests: Path, replaced: str, algorithm: str, selection: str, n_tests: int) -> None:
-    if find_spec(algorithm.rpartition(".")[0]) is None:
-        pytest.skip(f"{algorithm} is not there yet")
     # One thread: two are slower on small networks
     names = {"CONTRIB_SUITE_REPLACED": replaced, "CONTRIB_SUITE_ALGORITHM": algorithm}
     env = os.environ | names | {"PYTHONPATH": str(PLUGIN_FOLDER), "OMP_NUM_THREADS": "1"}

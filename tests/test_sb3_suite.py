@@ -4,30 +4,17 @@ import os
 import re
 import subprocess
 import sys
-import tarfile
-from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+from helpers import download_tests
 
 PLUGIN_FOLDER = Path(__file__).parent / "sb3_suite"
 
 
 @pytest.fixture(scope="module")
 def sb3_tests(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tests of the installed version, from its source package on PyPI (a wheel has none)."""
-    folder = tmp_path_factory.mktemp("sb3")
-    requirement = f"stable-baselines3=={version('stable-baselines3')}"
-    pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", "stable-baselines3", requirement]
-    download = subprocess.run(pip, cwd=folder, capture_output=True, text=True)
-    if download.returncode != 0:
-        message = f"The source package of {requirement} could not be downloaded: {download.stderr[-500:]}"
-        # A machine without a network may skip it; CI may not
-        (pytest.fail if os.environ.get("CI") else pytest.skip)(message)
-    with tarfile.open(next(folder.glob("*.tar.gz"))) as archive:
-        # Python 3.11.4 and 3.10.12 are the first with filters
-        archive.extractall(folder, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
-    return next(folder.glob("*/tests"))
+    return download_tests("stable-baselines3", tmp_path_factory.mktemp("sb3"))
 
 
 @pytest.mark.slow
