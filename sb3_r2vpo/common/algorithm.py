@@ -22,7 +22,7 @@ from sb3_r2vpo.common.collection import RolloutCollection
 from sb3_r2vpo.common.critic import Critic, make_critic
 from sb3_r2vpo.common.exploration import CorrelatedNoise
 from sb3_r2vpo.common.mlp import unchanging
-from sb3_r2vpo.common.policies import CnnPolicy, MlpPolicy, MultiInputPolicy, evaluate
+from sb3_r2vpo.common.policies import CnnPolicy, MlpPolicy, MultiInputPolicy, evaluate, stored_actions
 from sb3_r2vpo.common.rollout import (
     PaddedSamples,
     Rollout,
@@ -270,10 +270,7 @@ class RatioVarianceAlgorithm(ReplaySaving, RolloutCollection):
         :param with_values: Whether values are needed
         :return: The evaluation; ``None`` for values that are not needed
         """
-        actions = samples.actions
-        if isinstance(self.action_space, spaces.Discrete):
-            # Convert discrete action from float to long
-            actions = actions.long().flatten()
+        actions = stored_actions(self.action_space, samples.actions)
         inputs = self.policy_inputs(samples)
         return evaluate(self.policy, samples.observations, actions, with_values, not self.compile, **inputs)
 

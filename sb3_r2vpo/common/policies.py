@@ -88,6 +88,15 @@ CnnPolicy = ActorCriticCnnPolicy
 MultiInputPolicy = MultiInputActorCriticPolicy
 
 
+def stored_actions(action_space: spaces.Space, actions: th.Tensor) -> th.Tensor:
+    """
+    :param action_space: The action space
+    :param actions: As rollout buffers store them
+    :return: As policies take them: discrete ones as integers in one dimension
+    """
+    return actions.long().flatten() if isinstance(action_space, spaces.Discrete) else actions
+
+
 def evaluate(
     policy: ActorCriticPolicy,
     obs: PyTorchObs,

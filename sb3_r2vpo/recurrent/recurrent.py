@@ -13,6 +13,7 @@ from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, Schedule
 from torch import nn
 
+from sb3_r2vpo.common.policies import stored_actions
 from sb3_r2vpo.core.update import Evaluation
 from sb3_r2vpo.r2vpo.r2vpo import R2VPO
 from sb3_r2vpo.recurrent.evaluation import evaluate
@@ -107,11 +108,7 @@ class RecurrentR2VPO(R2VPO):
         return RecurrentPPO.collect_rollouts(self, *args, **kwargs)  # type: ignore[arg-type]
 
     def evaluate_actions(self, samples: SequenceSamples, with_values: bool = True) -> Evaluation:
-        actions = samples.actions
-        if isinstance(self.action_space, spaces.Discrete):
-            # Convert discrete action from float to long
-            actions = actions.long().flatten()
-        return evaluate(self.policy, samples, actions)  # type: ignore[arg-type]
+        return evaluate(self.policy, samples, stored_actions(self.action_space, samples.actions))  # type: ignore[arg-type]
 
     def _excluded_save_params(self) -> list[str]:
         return [*super()._excluded_save_params(), "_last_lstm_states"]
