@@ -14,6 +14,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from sb3_r2vpo.common.allowed import allow
     from sb3_r2vpo.maskable import MaskableR2VPO, MaskableR2VPOOff
     from sb3_r2vpo.r2vpo import R2VPO
     from sb3_r2vpo.r2vpo_off import R2VPOOff
@@ -29,9 +30,11 @@ __all__ = [
     "R2VPOOff",
     "RecurrentR2VPO",
     "__version__",
+    "allow",
 ]
 
 _MODULES = {
+    "allow": "sb3_r2vpo.common.allowed",
     "R2VPO": "sb3_r2vpo.r2vpo",
     "R2VPOOff": "sb3_r2vpo.r2vpo_off",
     "MaskableR2VPO": "sb3_r2vpo.maskable",

@@ -423,8 +423,8 @@ def test_evaluate_policy_finds_the_episode_statistics():
     [
         ({"env_id": "dm_control/walker-fly-v0"}, "dm_control/walker-run-v0"),
         ({"env_id": "CartPole-v1"}, "Close matches"),
-        ({"env_id": env_id("walker-run"), "n_envs": 0}, "`n_envs` must be at least 1, got 0"),
-        ({"env_id": env_id("walker-run"), "num_threads": 0}, "`num_threads` must be at least 1"),
+        ({"env_id": env_id("walker-run"), "n_envs": 0}, "`n_envs` is 0"),
+        ({"env_id": env_id("walker-run"), "num_threads": 0}, "`num_threads` is 0"),
     ],
 )
 def test_bad_arguments(arguments, message):

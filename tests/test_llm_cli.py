@@ -12,8 +12,8 @@ transformers = pytest.importorskip("transformers")
 from test_llm_tasks import byte_tokenizer  # noqa: E402
 
 from sb3_r2vpo import R2VPO, R2VPOOff  # noqa: E402
+from sb3_r2vpo.common.checkpoint import CheckpointCallback, list_checkpoints, remaining_timesteps, resume  # noqa: E402
 from sb3_r2vpo.llm import CausalLMPolicy, TokenVecEnv, cli  # noqa: E402
-from sb3_r2vpo.llm.checkpoint import CheckpointCallback, list_checkpoints, load_checkpoint  # noqa: E402
 from sb3_r2vpo.llm.cli import load_config, main, make_task  # noqa: E402
 from sb3_r2vpo.llm.tasks import BiasedTeacherTask  # noqa: E402
 from sb3_r2vpo.llm.tasks.biased_teacher import tiny_model  # noqa: E402
@@ -51,11 +51,11 @@ def test_train_resume_eval_generate(config_path, tmp_path, capsys, monkeypatch):
 
     def load(*args, device, **kwargs):
         devices.append(device)
-        return load_checkpoint(*args, device=device, **kwargs)
+        return resume(*args, device=device, **kwargs)
 
-    monkeypatch.setattr(cli, "load_checkpoint", load)
+    monkeypatch.setattr(cli, "resume", load)
     main(["train", str(config_path), "--folder", str(folder)])
-    assert [path.name for path in list_checkpoints(folder)] == ["checkpoint_16", "checkpoint_24"]
+    assert [path.name for path in list_checkpoints(folder)] == ["checkpoint_16.zip", "checkpoint_24.zip"]
     events = EventAccumulator(str(folder)).Reload()
     [name] = events.Tags()["tensors"]
     assert name.startswith("eval/conversation")
@@ -85,13 +85,35 @@ def test_training_goes_on_exactly_from_a_checkpoint(algorithm, tmp_path):
     tiny_model(task).save_pretrained(tmp_path / "base")
     arguments = {"n_steps": 1, "batch_size": 8, "n_epochs": 1, "seed": 1, "device": "cpu"}
     model = algorithm(CausalLMPolicy, make_env(), policy_kwargs={"model": str(tmp_path / "base")}, **arguments)
-    model.learn(16 * 6, callback=CheckpointCallback(tmp_path, save_freq=3, keep=1))
-    resumed = load_checkpoint(algorithm, list_checkpoints(tmp_path)[-1], make_env(), device="cpu")
-    assert resumed.num_timesteps == 48
+    model.learn(16 * 6, callback=CheckpointCallback(tmp_path, save_freq=16 * 3, keep=1))
+    resumed = resume(tmp_path, make_env(), device="cpu")
+    assert resumed.num_timesteps == remaining_timesteps(resumed) == 48
     resumed.learn(48, reset_num_timesteps=False)
     assert resumed.num_timesteps == model.num_timesteps
     th.testing.assert_close(resumed.policy.state_dict(), model.policy.state_dict(), atol=0, rtol=0)
     assert resumed.policy_loss.multiplier.value == model.policy_loss.multiplier.value
+
+
+def test_other_settings_are_not_taken_for_those_of_the_training(config_path, tmp_path):
+    folder = tmp_path / "run"
+    main(["train", str(config_path), "--folder", str(folder)])
+    kept = (folder / "config.yml").read_bytes()
+    config = yaml.safe_load(config_path.read_text())
+
+    config_path.write_text(yaml.safe_dump({**config, "algorithm": {**config["algorithm"], "learning_rate": 1e-2}}))
+    with pytest.raises(ValueError, match="has other settings in algorithm"):
+        main(["train", str(config_path), "--folder", str(folder)])
+    assert (folder / "config.yml").read_bytes() == kept
+
+    # As many environments, but other groups: what `config.yml` does not prevent, the state does
+    env = TokenVecEnv(make_task(config["task"], byte_tokenizer()), **{**config["env"], "n_prompts": 2, "group_size": 4})
+    with pytest.raises(ValueError, match="`n_prompts` was 4, and is 2, `group_size` was 2, and is 4"):
+        resume(folder, env, device="cpu")
+
+    # More responses, and other evaluations, are the same training
+    config_path.write_text(yaml.safe_dump({**config, "n_responses": 40}))
+    main(["train", str(config_path), "--folder", str(folder)])
+    assert list_checkpoints(folder)[-1].name == "checkpoint_32.zip"
 
 
 def test_bad_configs_are_refused(config_path):

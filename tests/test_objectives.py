@@ -5,28 +5,25 @@ import torch as th
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sb3_r2vpo.core.baselines import clip_higher, exact_kl, gppo, ppo_clip, spo, topr
 from sb3_r2vpo.core.batch import constant_length_mean, mean, sequence_mean, token_mean
-from sb3_r2vpo.core.objectives import (
-    MAX_LOG_RATIO,
-    OBJECTIVES,
-    clip_higher,
-    entropy_compensation,
-    exact_kl,
-    gppo,
-    importance_ratio,
-    ppo_clip,
-    r2vpo,
-    r2vpo_sequence,
-    ratio_minus_one,
-    ratio_statistics,
-    spo,
-    topr,
-)
+from sb3_r2vpo.core.objectives import OBJECTIVES, entropy_compensation, r2vpo, r2vpo_sequence
+from sb3_r2vpo.core.policy_loss import PolicyLoss, make_policy_loss
+from sb3_r2vpo.core.ratio import MAX_LOG_RATIO, importance_ratio, ratio_minus_one, ratio_statistics
+from sb3_r2vpo.core.statistics import summarize_ratios
 
 RATIOS = (0.5, 0.9, 1.0, 1.25, 1.5, 3.0)
 
 #: One valid call of each objective
-COEFFICIENTS = {"r2vpo": {"var_coef": 0.7}, "r2vpo_sequence": {"var_coef": 0.7}, "exact_kl": {"kl_coef": 1.4}}
+COEFFICIENTS = {
+    "r2vpo": {"var_coef": 0.7},
+    "r2vpo_sequence": {"var_coef": 0.7},
+    "exact_kl": {"kl_coef": 1.4},
+    "dppo": {"old_log_prob": th.tensor(0.5).log()},
+}
+
+#: Log-ratios at which a loss or its gradient jumps: the bounds of clips, and of the masks of M2PO and DPPO in the call above
+JUMPS = [math.log(bound) for bound in (0.8, 1.2, 1.28, 1 - 3e-4, 1 + 4e-4, 5.0, 0.7, 1.3)] + [-0.2, 0.2]
 
 
 def gradient_of_objective(objective, log_ratio, advantages, **coefficients):
@@ -124,6 +121,33 @@ def test_r2vpo_of_whole_responses():
     th.testing.assert_close(alone, r2vpo(log_ratio, advantages, var_coef=0.25)[0])
 
 
+@pytest.mark.parametrize("dtype", [th.float32, th.float64])
+@pytest.mark.parametrize("advantage", [-1.0, 1.0])
+def test_responses_that_the_policy_has_left_behind(advantage, dtype):
+    """
+    The documented bound, rho (|A| + 2 lambda): at a sum of -35 there is nothing left to train with, or to pull back with.
+
+    The response counts as one in the variance. DRO and the exact KL do pull it back, by beta times 35 and by beta.
+    """
+    log_ratio = th.tensor([[-30.0, -5.0], [-6.0, -4.0]], dtype=dtype, requires_grad=True)
+    totals = log_ratio.sum(-1, keepdim=True)
+    loss, deviation = r2vpo_sequence(log_ratio, th.tensor(advantage, dtype=dtype), var_coef=0.5, sequence_log_ratio=totals)
+    # Of the loss of a response, which both of its tokens have
+    (gradient,) = th.autograd.grad(loss[:, 0].sum(), log_ratio)
+    rho = th.tensor([[math.exp(-35)] * 2, [math.exp(-10)] * 2], dtype=th.float64)
+    expected = -rho * (advantage - 2 * 0.5 * (rho - 1))
+    assert (gradient.abs() <= rho * (1 + 2 * 0.5) + (1e-15 if dtype == th.float64 else 1e-7)).all()
+    th.testing.assert_close(gradient.double(), expected, rtol=0, atol=1e-13 if dtype == th.float64 else 1e-7)
+    if dtype == th.float32:
+        assert (gradient[0] == 0).all()
+    th.testing.assert_close(deviation[0].square(), th.ones(2, dtype=dtype))
+
+    pulled = gradient_of_objective(OBJECTIVES["dro"], totals.detach(), th.zeros(1, dtype=dtype), kl_coef=0.5)
+    th.testing.assert_close(pulled[0].item(), 0.5 * 35)
+    pulled = gradient_of_objective(exact_kl, totals.detach(), th.zeros(1, dtype=dtype), kl_coef=0.5)
+    th.testing.assert_close(pulled[0].item(), 0.5)
+
+
 def test_topr_sequence_weight():
     """One weight for all tokens of a response, from the ratio of the whole response."""
     log_ratio = th.tensor([[-0.5, 0.2, -0.1], [0.3, 0.1, 0.2]], dtype=th.float64)
@@ -149,9 +173,9 @@ def test_float32_agrees_with_float64(name, log_ratio, advantage):
     (loss32, gradient32), (loss64, gradient64) = results
     # The scale of the terms that are added up, not of their sum, sets float32's error
     scale = (abs(advantage) + 1) * max(1.0, math.exp(2 * log_ratio))
-    th.testing.assert_close(loss32, loss64, rtol=1e-5, atol=1e-5 * scale)
-    # At a clip boundary the two may fall on different sides of the kink
-    if all(abs(math.exp(log_ratio) - bound) > 1e-5 for bound in (0.8, 1.2, 1.28)):
+    # At a jump the two may fall on different sides of it
+    if all(abs(log_ratio - jump) > 1e-5 for jump in JUMPS):
+        th.testing.assert_close(loss32, loss64, rtol=1e-5, atol=1e-5 * scale)
         th.testing.assert_close(gradient32, gradient64, rtol=1e-5, atol=1e-5 * scale)
 
 
@@ -227,6 +251,51 @@ def test_ratio_statistics():
     th.testing.assert_close(stats["ratio"], th.tensor([1.0, 1.5, 0.5]))
     th.testing.assert_close(stats["ratio_variance"], th.tensor([0.0, 0.25, 0.25]))
     th.testing.assert_close(stats["approx_kl"], th.tensor([0.0, 0.5 - math.log(1.5), -0.5 - math.log(0.5)]))
+
+
+@pytest.mark.parametrize(
+    ("name", "kwargs", "expected"),
+    [
+        # Tokens: of ratios 2, 2, 1/2
+        ("r2vpo", {}, {"ess": 1.5**2 / 2.75, "ratio_max": 2.0, "approx_kl": (1.5 - math.log(2)) / 3, "clip_fraction": 1.0}),
+        # Responses: of ratios 4, 1/2
+        ("r2vpo_sequence", {}, {"ess": 2.25**2 / 8.125, "ratio_max": 4.0, "approx_kl": (2.5 - math.log(2)) / 2}),
+        ("topr", {}, {"ess": 2.25**2 / 8.125, "ratio_max": 4.0}),
+        ("topr_token", {}, {"ratio_max": 2.0}),
+        ("vespo", {}, {"ess": 2.25**2 / 8.125, "ratio_max": 4.0}),
+        ("dro", {}, {"ess": 2.25**2 / 8.125, "ratio_max": 4.0}),
+        # Responses, normalised by their lengths: 2, 1/2
+        ("gspo", {}, {"ess": 1.25**2 / 2.125, "ratio_max": 2.0, "clip_fraction": 1.0}),
+        # The objective's own bounds: up to 5 and down to 0, only above 0.6, only below 1.2
+        ("cispo", {}, {"clip_fraction": 0.0}),
+        ("clip_higher", {"clip_low": 0.6, "clip_high": 0.9}, {"clip_fraction": 2 / 3}),
+        ("clip_higher", {"clip_low": 0.4, "clip_high": 1.2}, {"clip_fraction": 1 / 3}),
+        ("spo", {"clip_range": 0.6}, {"clip_fraction": 2 / 3}),
+    ],
+)
+def test_statistics_are_of_what_the_objective_takes(name, kwargs, expected):
+    """Three tokens in two responses; a third response is empty, and what is at padding does not count."""
+    loss = make_policy_loss(name, 0.5, 0.01, options=kwargs)
+    loss.follow_schedules(1.0)
+    log_ratio = th.tensor([[2.0, 2.0], [0.5, 77.0], [77.0, 77.0]]).log()
+    mask = th.tensor([[1, 1], [1, 0], [0, 0]])
+    for counted in (mask, mask.bool()):
+        statistics = summarize_ratios(loss.action_log_ratio(log_ratio, counted), *loss.clip_range)
+        for key, value in expected.items():
+            assert statistics[key].item() == pytest.approx(value), key
+        # The deviation is of the same ratios
+        _, deviation = loss(log_ratio, th.ones(3, 1), mask=counted)
+        assert deviation[mask.bool()].max().item() + 1 == pytest.approx(statistics["ratio_max"].item())
+    # Without padding, and of samples that are actions of their own
+    assert loss.action_log_ratio(log_ratio).ndim == 1
+    assert th.equal(loss.action_log_ratio(log_ratio[0]), log_ratio[0])
+
+
+def test_clip_range_follows_its_schedule():
+    loss = PolicyLoss("clip_higher", clip_high=lambda progress: progress)
+    for progress in (0.5, 0.25):
+        loss.follow_schedules(progress)
+        assert loss.clip_range == (0.2, progress)
 
 
 VALUES = th.tensor([[1.0, 2.0, 3.0, 4.0], [10.0, math.nan, math.nan, math.nan], [math.nan] * 4])

@@ -6,38 +6,43 @@ import numpy as np
 import torch as th
 from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.callbacks import BaseCallback, ConvertCallback
-from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.type_aliases import MaybeCallback
 from stable_baselines3.common.utils import obs_as_tensor
 from stable_baselines3.common.vec_env import VecEnv
 
+from sb3_r2vpo.common.arguments import Arguments
 from sb3_r2vpo.common.callbacks import AdvantageSnapshot, AfterRolloutStart
-from sb3_r2vpo.common.critic import Critic
-from sb3_r2vpo.common.exploration import CorrelatedNoise, unexplained_variance
-from sb3_r2vpo.common.rollout import RolloutReplayBuffer, Timeouts
+from sb3_r2vpo.common.exploration import unexplained_variance
+from sb3_r2vpo.common.finite import checked, refuse_nonfinite_weights
+from sb3_r2vpo.common.rollout import Timeouts
 
 
-class RolloutCollection(OnPolicyAlgorithm):
+class RolloutCollection(Arguments):
     """The half of :class:`~sb3_r2vpo.common.algorithm.RatioVarianceAlgorithm` that runs before an update."""
 
-    critic: Critic
-    noise: CorrelatedNoise
-    replay_buffer: RolloutReplayBuffer | None
     _snapshot: AdvantageSnapshot
     _timeouts: Timeouts
     # Of the last rollout's rewards
     _unexplained_variance = 1.0
+    #: The largest share of an update's minibatches that may be left out for a gradient that is not finite
+    _droppable_share = 0.0
 
     @property
     def _renews_advantages(self) -> bool:
         """Whether advantages are computed again after collection."""
         return self.replay_buffer is not None or self.critic.recomputes_each_epoch
 
-    def _follow_arguments(self) -> None:
-        raise NotImplementedError
+    def _setup_learn(self, *args: Any, **kwargs: Any) -> tuple[int, BaseCallback]:
+        self._follow_arguments()
+        # A reset may be part of it
+        with checked(self.env, self) as env:  # type: ignore[arg-type]
+            learning = super()._setup_learn(*args, **kwargs)
+            env.first(self._last_obs)
+        return learning
 
     def _init_callback(self, callback: MaybeCallback, progress_bar: bool = False) -> BaseCallback:
-        self._follow_arguments()
+        # Until a callback says otherwise
+        self._droppable_share = 0.0
         if self._renews_advantages:
             users = callback if isinstance(callback, list) else [] if callback is None else [callback]
             converted = [user if isinstance(user, BaseCallback) else ConvertCallback(user) for user in users]
@@ -49,6 +54,10 @@ class RolloutCollection(OnPolicyAlgorithm):
         self, env: VecEnv, callback: BaseCallback, rollout_buffer: RolloutBuffer, n_rollout_steps: int, **kwargs: Any
     ) -> bool:
         self._follow_arguments()
+        refuse_nonfinite_weights(self.policy)
+        if self.noise.schedule is not None:
+            # Its value is refused before anything is changed
+            self.noise.schedule(self._current_progress_remaining)
         self._timeouts = Timeouts()
         if self.replay_buffer is not None:
             self.replay_buffer.make_room()
@@ -60,7 +69,8 @@ class RolloutCollection(OnPolicyAlgorithm):
 
             callback = AfterRolloutStart(callback, start_noise)  # type: ignore[assignment]
         try:
-            finished = self._collect(env, callback, rollout_buffer, n_rollout_steps, **kwargs)
+            with checked(env, self) as checked_env:
+                finished = self._collect(checked_env, callback, rollout_buffer, n_rollout_steps, **kwargs)
         finally:
             self.noise.stop(self.policy)
         if finished and len(self._timeouts) > 0:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from copy import deepcopy
-from itertools import chain, pairwise
+from itertools import chain, compress, pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,14 +11,15 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from torch.nn import functional as F
 
-from sb3_r2vpo.common.checks import check_whole_number
+from sb3_r2vpo.common.checks import check_flag, check_number, check_whole_number, is_number, number_or_schedule
+from sb3_r2vpo.common.finite import finite_minibatches
 from sb3_r2vpo.common.mlp import unchanging
 from sb3_r2vpo.common.policies import evaluate, regress_values
 from sb3_r2vpo.common.rollout import Rollout, passes
 from sb3_r2vpo.core.batch import Minibatch
 from sb3_r2vpo.core.compilation import compiled
 from sb3_r2vpo.core.multiplier import scheduled
-from sb3_r2vpo.core.optim import Descent, refuse_nonfinite
+from sb3_r2vpo.core.optim import Descent
 
 if TYPE_CHECKING:
     from sb3_r2vpo.common.algorithm import RatioVarianceAlgorithm
@@ -50,13 +51,16 @@ class Critic:
         :param as_value: Makes a coefficient of a number: compiled code needs a tensor
         """
 
-    def fit(self, model: "RatioVarianceAlgorithm", rollouts: list[Rollout]) -> None:
+    def fit(self, model: "RatioVarianceAlgorithm", rollouts: list[Rollout]) -> int:
         """
         Learn from rollouts, before the policy does.
 
         :param model: The algorithm
         :param rollouts: The newest ones, the oldest of them first
+        :return: Number of minibatches that were left out, as their gradient was not finite
+        :raises NonFiniteGradient: These were too many. The others have been learned from, and the critic is finite.
         """
+        return 0
 
     def loss(self, values: th.Tensor, batch: Minibatch) -> th.Tensor:
         """
@@ -91,10 +95,12 @@ class JointCritic(Critic):
     def __init__(
         self, vf_coef: float, clip_range_vf: float | Schedule | None = None, recompute_advantages: bool | None = None
     ) -> None:
-        if isinstance(clip_range_vf, float | int):
-            assert clip_range_vf > 0, "`clip_range_vf` must be positive, pass `None` to deactivate vf clipping"
+        if is_number(clip_range_vf):
+            assert clip_range_vf > 0, "`clip_range_vf` must be positive, pass `None` to deactivate vf clipping"  # type: ignore[operator]
+        if recompute_advantages is not None:
+            check_flag("recompute_advantages", recompute_advantages)
         self.vf_coef = vf_coef
-        self.clip_schedule = clip_range_vf
+        self.clip_schedule = None if clip_range_vf is None else number_or_schedule("clip_range_vf", clip_range_vf)
         self.recomputes_replayed = recompute_advantages is not False
         self.recomputes_each_epoch = recompute_advantages is True
 
@@ -136,11 +142,10 @@ class SeparateCritic(Critic):
         gae_lambda: float | None = None,
         std_scaled_learning_rate: bool = False,
     ) -> None:
-        check_whole_number("n_rollouts", n_rollouts)
-        check_whole_number("n_epochs", n_epochs)
-        if gae_lambda is not None and not 0 <= gae_lambda <= 1:
-            raise ValueError(f"The critic's `gae_lambda` is {gae_lambda}; it must be within 0 and 1, or None.")
-        self.n_rollouts, self.n_epochs, self.gae_lambda = n_rollouts, n_epochs, gae_lambda
+        self.n_rollouts = check_whole_number("n_rollouts", n_rollouts)
+        self.n_epochs = check_whole_number("n_epochs", n_epochs)
+        self.gae_lambda = None if gae_lambda is None else check_number("gae_lambda", gae_lambda, 0, 1)
+        check_flag("std_scaled_learning_rate", std_scaled_learning_rate)
         self.std_scaled_learning_rate = std_scaled_learning_rate
         self._names: tuple[set[str], set[str]] | None = None
 
@@ -169,7 +174,7 @@ class SeparateCritic(Critic):
             return learning_rate
         return learning_rate * min(1.0, policy.log_std.detach().exp().mean().item())
 
-    def fit(self, model: "RatioVarianceAlgorithm", rollouts: list[Rollout]) -> None:
+    def fit(self, model: "RatioVarianceAlgorithm", rollouts: list[Rollout]) -> int:
         rollouts = rollouts[-self.n_rollouts :]
         newest, policy = rollouts[-1], model.policy
         gae_lambda = model.gae_lambda if self.gae_lambda is None else self.gae_lambda
@@ -178,8 +183,8 @@ class SeparateCritic(Critic):
         for following, rollout in pairwise(reversed(rollouts)):
             rollout.renew(model.predict_values, model.gamma, gae_lambda, following)
         names = self._own_names(policy)
-        own = [parameter for name, parameter in policy.named_parameters() if name in names]
-        descend = Descent(policy.optimizer, own, model.max_grad_norm, model.compile)
+        own = {name: p for name, p in policy.named_parameters() if name in names and p.requires_grad}
+        descend, n_dropped = Descent(policy.optimizer, [*own.values()], model.max_grad_norm, model.compile), 0
         if descend.parameters:
             policy.set_training_mode(True)
             step = _compiled_regression_step if model.compile else _regression_step
@@ -190,10 +195,14 @@ class SeparateCritic(Critic):
                     losses.append(loss)
                     norms.append(grad_norms)
             policy.set_training_mode(False)
-            refuse_nonfinite(th.stack(norms))
+            finite = finite_minibatches(th.stack(norms), [*own], model._droppable_share)
+            if finite is not None:
+                n_dropped = len(finite) - sum(finite)
+                losses, norms = [*compress(losses, finite)], [*compress(norms, finite)]
             model.logger.record("train/value_loss", th.stack(losses).mean().item())
             model.logger.record("train/value_grad_norm", th.linalg.vector_norm(th.stack(norms), dim=-1).mean().item())
         newest.renew(model.predict_values, model.gamma, model.gae_lambda)
+        return n_dropped
 
 
 def _regression_step(

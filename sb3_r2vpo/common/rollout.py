@@ -262,8 +262,7 @@ class RolloutReplayBuffer:
     """
 
     def __init__(self, capacity: int, rollouts: Iterable[Rollout] = ()) -> None:
-        check_whole_number("replay_capacity", capacity)
-        self.rollouts: deque[Rollout] = deque(rollouts, maxlen=capacity)
+        self.rollouts: deque[Rollout] = deque(rollouts, maxlen=check_whole_number("replay_capacity", capacity))
 
     def __len__(self) -> int:
         return len(self.rollouts)

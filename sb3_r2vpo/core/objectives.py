@@ -1,74 +1,37 @@
-"""Policy objectives in ratio space, as pure functions. R2VPO's own is :func:`r2vpo`; the others are baselines.
+"""Policy objectives in ratio space, as pure functions: R2VPO's own, and the registry of all.
 
-Every function has the form ``objective(log_ratio, advantages, *, <coefficients>) -> (loss, deviation)``:
+The objectives that the paper compares with are in ``baselines.py``, newer ones for language models in ``relatives.py``. Every
+function has the form ``objective(log_ratio, advantages, *, <coefficients>) -> (loss, deviation)``:
 
 - ``log_ratio``: ``log pi(a|s) - log pi_b(a|s)``, any shape. ``pi_b`` is the policy that generated the sample.
 - ``advantages``: same shape, or one that broadcasts to it (one advantage for all tokens of a response).
 - ``loss``: to be minimised, one value per sample, of the shape of ``log_ratio``. Neither reduced nor masked.
-- ``deviation``: ``rho - 1``, detached, same shape. The mean of its square is the variance estimate of Proposition 4.1, and
-  :func:`ratio_statistics` tells what else follows from it.
+- ``deviation``: ``rho - 1``, detached, same shape; of the response's ratio where the objective takes that one. The mean of its
+  square is the variance estimate of Proposition 4.1, and :func:`~sb3_r2vpo.core.ratio.ratio_statistics` tells what else
+  follows from it.
 
-Half-precision inputs are computed, and returned, in float32. In float32 ``exp`` overflows at a log-ratio of 88 and its
-square at 44, so every ratio is continued by its tangent beyond ``MAX_LOG_RATIO``: see :func:`ratio_minus_one`. Loss and
-gradient then stay finite, and keep their direction, for log-ratios up to 100 and far beyond. A NaN is passed through,
-never replaced: the caller has to refuse it.
+Some functions take more than the samples' own log-ratios, in keyword arguments that are no coefficients:
+
+- ``sequence_log_ratio``, ``mean_log_ratio``: sum and mean of the log-ratio over the tokens of each response, broadcasting to
+  ``log_ratio``. By default (``None``) each sample is an action of its own.
+- ``old_log_prob``: ``log pi_b(a|s)``, where probabilities themselves are compared.
+
+:class:`~sb3_r2vpo.core.policy_loss.PolicyLoss` passes them to functions that have such an argument.
+
+Half-precision inputs are computed, and returned, in float32. A NaN is passed through, never replaced: the caller has to refuse
+it.
 """
 
-import math
 from collections.abc import Callable
 
 import torch as th
 
+from sb3_r2vpo.core.baselines import clip_higher, exact_kl, gppo, ppo_clip, spo, topr, topr_token
+from sb3_r2vpo.core.ratio import ratio_minus_one
+from sb3_r2vpo.core.ratio import ratio_statistics as ratio_statistics
+from sb3_r2vpo.core.relatives import cispo, dppo, dro, dro_token, gipo, gspo, m2po, sapo, vespo
+
 Objective = Callable[..., tuple[th.Tensor, th.Tensor]]
-
-#: Log-ratio beyond which the ratio is continued by its tangent. No ratio that a trust region should ever see is changed
-#: (``exp(10)`` is 22026), and the gradient of the squared deviation stays small enough (below 1e11 at a log-ratio of 100) for
-#: the *square* of its norm, which gradient clipping needs, to be finite in float32.
-MAX_LOG_RATIO = 10.0
-
-
-def _in_float32(x: th.Tensor) -> th.Tensor:
-    return x.float() if x.dtype in (th.float16, th.bfloat16) else x
-
-
-def importance_ratio(log_ratio: th.Tensor) -> th.Tensor:
-    """
-    ``rho = exp(log_ratio)``, continued by its tangent above ``MAX_LOG_RATIO``.
-
-    Clamping there instead would zero the gradient, and so let go of just those samples that have drifted farthest.
-
-    :param log_ratio: Any shape.
-    :return: The ratio, same shape; exactly ``exp(log_ratio)`` up to ``MAX_LOG_RATIO``.
-    """
-    log_ratio = _in_float32(log_ratio)
-    return th.exp(log_ratio.clamp(max=MAX_LOG_RATIO)) * (1.0 + th.relu(log_ratio - MAX_LOG_RATIO))
-
-
-def ratio_minus_one(log_ratio: th.Tensor) -> th.Tensor:
-    """
-    ``rho - 1``, accurate to the last digit near one (``expm1``), continued by its tangent above ``MAX_LOG_RATIO``.
-
-    ``exp(x) - 1`` loses half of float32's digits at ``x = 1e-4``, a usual log-ratio early in an update.
-
-    :param log_ratio: Any shape.
-    :return: ``rho - 1``, same shape.
-    """
-    log_ratio = _in_float32(log_ratio)
-    excess = th.relu(log_ratio - MAX_LOG_RATIO)
-    return th.add(th.expm1(log_ratio - excess), excess, alpha=math.exp(MAX_LOG_RATIO))
-
-
-def ratio_statistics(log_ratio: th.Tensor) -> dict[str, th.Tensor]:
-    """
-    What can be reported of ratios, detached, one value per sample.
-
-    :param log_ratio: Any shape.
-    :return: ``ratio``, ``ratio_variance`` = ``(rho - 1)^2`` and ``approx_kl`` = ``rho - 1 - log rho``
-        (http://joschu.net/blog/kl-approx.html).
-    """
-    log_ratio = log_ratio.detach()
-    deviation = ratio_minus_one(log_ratio)
-    return {"ratio": deviation + 1.0, "ratio_variance": deviation.square(), "approx_kl": deviation - log_ratio}
 
 
 def r2vpo(log_ratio: th.Tensor, advantages: th.Tensor, *, var_coef: float | th.Tensor) -> tuple[th.Tensor, th.Tensor]:
@@ -124,6 +87,16 @@ def r2vpo_sequence(
     All tokens of a response get the loss of the response: they stop being pushed once the response as a whole has moved to
     ``1 + A / (2 lambda)``, where :func:`r2vpo` lets each uncertain token move that far.
 
+    **Responses that the policy has left behind are neither trained nor pulled back.** The gradient of the loss with respect to
+    the log-ratio is ``-rho (A - 2 lambda (rho - 1))``. Below ``rho = 1`` its size is at most ``rho (|A| + 2 lambda)``: 4.5e-5
+    ``(|A| + 2 lambda)`` at a log-ratio of -10, 6e-16 ``(|A| + 2 lambda)`` at -35. (In float32 it is exactly zero from -18 on,
+    where ``rho - 1`` rounds to -1.) This is the paper's objective, and is left as it is: such a response adds as little to
+    ``E_b[rho A]``, and a variance under ``pi_b`` counts it as one, however far it is gone. Sums over tokens get there sooner
+    than single tokens: 128 tokens of -0.27 each make -35. Some old or long responses then no longer teach anything, yet each
+    adds one to the sum whose mean the multiplier holds; ``ess`` and ``approx_kl``, of whole responses here, show it. Replay
+    fewer rollouts then, or use :func:`r2vpo`, in whose reach each token stays for longer, or an objective that pulls back from
+    below, :func:`~sb3_r2vpo.core.relatives.dro` or :func:`~sb3_r2vpo.core.baselines.exact_kl`.
+
     :param log_ratio: Any shape.
     :param advantages: Broadcasts to ``log_ratio``.
     :param var_coef: ``lambda``, in units of the advantage.
@@ -135,130 +108,12 @@ def r2vpo_sequence(
     return r2vpo(action_log_ratio, advantages, var_coef=var_coef)
 
 
-def clip_higher(
-    log_ratio: th.Tensor, advantages: th.Tensor, *, clip_low: float = 0.2, clip_high: float = 0.28
-) -> tuple[th.Tensor, th.Tensor]:
-    """
-    Clipped surrogate with a looser upper bound (GRPO-CH), DAPO (https://arxiv.org/abs/2503.14476), whose defaults these are:
-    ``-min(rho A, clip(rho, 1 - clip_low, 1 + clip_high) A)``.
-
-    :param log_ratio: Any shape.
-    :param advantages: Broadcasts to ``log_ratio``.
-    :param clip_low: The ratio is clipped below at ``1 - clip_low``.
-    :param clip_high: The ratio is clipped above at ``1 + clip_high``.
-    :return: Per-sample loss and deviation.
-    """
-    ratio = importance_ratio(log_ratio)
-    loss = -th.min(advantages * ratio, advantages * th.clamp(ratio, 1 - clip_low, 1 + clip_high))
-    return loss, ratio_minus_one(log_ratio.detach())
-
-
-def ppo_clip(log_ratio: th.Tensor, advantages: th.Tensor, *, clip_range: float = 0.2) -> tuple[th.Tensor, th.Tensor]:
-    """
-    PPO's clipped surrogate (https://arxiv.org/abs/1707.06347, Eq. 7), also GRPO's:
-    ``-min(rho A, clip(rho, 1 - clip_range, 1 + clip_range) A)``.
-
-    :param log_ratio: Any shape.
-    :param advantages: Broadcasts to ``log_ratio``.
-    :param clip_range: PPO's epsilon; 0.2 as in SB3.
-    :return: Per-sample loss and deviation.
-    """
-    return clip_higher(log_ratio, advantages, clip_low=clip_range, clip_high=clip_range)
-
-
-def gppo(
-    log_ratio: th.Tensor, advantages: th.Tensor, *, clip_low: float = 0.2, clip_high: float = 0.28
-) -> tuple[th.Tensor, th.Tensor]:
-    """
-    Gradient-preserving clipping, GPPO (https://arxiv.org/abs/2508.07629): the value of the clipped surrogate, but a clipped
-    sample keeps a gradient of size ``1 - clip_low`` or ``1 + clip_high`` times ``A grad log pi``.
-
-    :param log_ratio: Any shape.
-    :param advantages: Broadcasts to ``log_ratio``.
-    :param clip_low: The ratio is clipped below at ``1 - clip_low``.
-    :param clip_high: The ratio is clipped above at ``1 + clip_high``.
-    :return: Per-sample loss and deviation.
-    """
-    ratio = importance_ratio(log_ratio)
-    # exp(x - sg(x)) is one, and its gradient is that of log pi
-    log_prob_gradient = th.exp(_in_float32(log_ratio - log_ratio.detach()))
-    clipped_ratio = th.clamp(ratio.detach(), 1 - clip_low, 1 + clip_high) * log_prob_gradient
-    loss = -th.min(advantages * ratio, advantages * clipped_ratio)
-    return loss, ratio_minus_one(log_ratio.detach())
-
-
-def topr(
-    log_ratio: th.Tensor, advantages: th.Tensor, *, sequence_log_ratio: th.Tensor | None = None
-) -> tuple[th.Tensor, th.Tensor]:
-    """
-    Tapered off-policy REINFORCE, TOPR (https://arxiv.org/abs/2503.14286): ``-w A log pi`` with ``w = 1`` for samples to be
-    made more likely, and ``w = sg(clip(rho, 0, 1))`` for those to be made less likely.
-
-    ``log_ratio`` stands in for ``log pi`` in the loss: they differ by a constant, the gradient is the same.
-
-    :param log_ratio: Any shape.
-    :param advantages: Broadcasts to ``log_ratio``; their sign decides on ``w``.
-    :param sequence_log_ratio: Log-ratio that sets ``w``, broadcasting to ``log_ratio``. Pass the sum over the tokens of each
-        response for the paper's form; the default, ``None``, takes each sample's own (the token form).
-    :return: Per-sample loss and deviation.
-    """
-    weight_log_ratio = log_ratio if sequence_log_ratio is None else sequence_log_ratio
-    taper = th.exp(_in_float32(weight_log_ratio.detach()).clamp(max=0.0))
-    weight = th.where(advantages >= 0, th.ones_like(taper), taper)
-    loss = -weight * advantages * _in_float32(log_ratio)
-    return loss, ratio_minus_one(log_ratio.detach())
-
-
-def topr_token(log_ratio: th.Tensor, advantages: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
-    """
-    TOPR's other form: each token of a response is tapered by its own ratio, not by that of the whole response.
-
-    :param log_ratio: Any shape.
-    :param advantages: Broadcasts to ``log_ratio``.
-    :return: Per-sample loss and deviation.
-    """
-    return topr(log_ratio, advantages)
-
-
-def exact_kl(log_ratio: th.Tensor, advantages: th.Tensor, *, kl_coef: float | th.Tensor) -> tuple[th.Tensor, th.Tensor]:
-    """
-    Penalty on KL(pi_b || pi), estimated without bias from samples of ``pi_b``: ``-(rho A) + beta (rho - 1 - log rho)``.
-
-    Close to ``rho = 1`` it agrees with :func:`r2vpo` at ``beta = 2 lambda`` (Proposition 4.1); its pull on the log-ratio
-    grows as ``rho`` where R2VPO's grows as ``rho^2``.
-
-    :param log_ratio: Any shape.
-    :param advantages: Broadcasts to ``log_ratio``.
-    :param kl_coef: ``beta``, in units of the advantage.
-    :return: Per-sample loss and deviation.
-    """
-    deviation = ratio_minus_one(log_ratio)
-    loss = -(deviation + 1.0) * advantages + kl_coef * (deviation - log_ratio)
-    return loss, deviation.detach()
-
-
-def spo(log_ratio: th.Tensor, advantages: th.Tensor, *, clip_range: float = 0.2) -> tuple[th.Tensor, th.Tensor]:
-    """
-    Simple policy optimization, SPO (https://arxiv.org/abs/2401.16025): ``-(rho A) + |A| (rho - 1)^2 / (2 c)``, whose optimum
-    for one sample is ``rho = 1 + c sign(A)``.
-
-    :param log_ratio: Any shape.
-    :param advantages: Broadcasts to ``log_ratio``.
-    :param clip_range: ``c``, the deviation at the optimum; 0.2 as in the paper.
-    :return: Per-sample loss and deviation.
-    """
-    return r2vpo(log_ratio, advantages, var_coef=advantages.abs() / (2 * clip_range))
-
-
 #: The functions by the names that ``R2VPO(objective=...)`` takes.
 OBJECTIVES: dict[str, Objective] = {
-    "r2vpo": r2vpo,
-    "r2vpo_sequence": r2vpo_sequence,
-    "ppo_clip": ppo_clip,
-    "clip_higher": clip_higher,
-    "gppo": gppo,
-    "topr": topr,
-    "topr_token": topr_token,
-    "exact_kl": exact_kl,
-    "spo": spo,
+    function.__name__: function
+    for function in (
+        *(r2vpo, r2vpo_sequence),
+        *(ppo_clip, clip_higher, gppo, topr, topr_token, exact_kl, spo),
+        *(m2po, gspo, cispo, sapo, dppo, vespo, gipo, dro, dro_token),
+    )
 }

@@ -333,15 +333,3 @@ class Descent:
         accept, norms = self._step(gradients, may_step)
         has_gradient = th.tensor([parameter.grad is not None for parameter in self.parameters], device=norms.device)
         return accept, norms.new_zeros(len(self.parameters)).masked_scatter(has_gradient, norms)
-
-
-def refuse_nonfinite(norms: th.Tensor) -> None:
-    """
-    :param norms: Norms of gradients, of any shape
-    :raises RuntimeError: One of them is NaN or infinite.
-    """
-    if not norms.isfinite().all():
-        raise RuntimeError(
-            "The gradient is non-finite (NaN or infinite); the step was not made, the weights are finite. Extreme rewards or "
-            "observations do this: wrap the environment in `stable_baselines3.common.vec_env.VecNormalize`."
-        )

@@ -9,9 +9,19 @@ import torch as th
 
 from sb3_r2vpo.core.multiplier import Multiplier, Schedule, check_coefficient, scheduled
 from sb3_r2vpo.core.objectives import OBJECTIVES, entropy_compensation
+from sb3_r2vpo.core.ratio import in_float32
 
-#: Arguments of the functions that no user gives: the multiplier's value, and a sum over the tokens of a response
-_COMPUTED = {"var_coef", "sequence_log_ratio"}
+#: Arguments of the functions for the log-ratio of a whole response: its sum and its mean over the tokens
+_OF_RESPONSES = ("sequence_log_ratio", "mean_log_ratio")
+
+#: Arguments of the functions that no user gives
+_COMPUTED = {"var_coef", "old_log_prob", *_OF_RESPONSES}
+
+#: Coefficients that something is divided by
+_DIVISORS = {"clip_range", "sigma", "temperature_pos", "temperature_neg"}
+
+#: Range against which ``train/clip_fraction`` is counted of objectives that do not clip: SB3 PPO's default.
+PPO_CLIP_RANGE = 0.2
 
 
 class PolicyLoss:
@@ -20,21 +30,30 @@ class PolicyLoss:
 
     :param name: Key of ``OBJECTIVES``
     :param coefficients: The function's, numbers or schedules; those left out have its defaults
-    :raises ValueError: One of the coefficients is missing or unknown.
+    :raises ValueError: One of the coefficients is missing, unknown or out of its range.
     """
 
     def __init__(self, name: str, /, **coefficients: float | Schedule) -> None:
         self.function = OBJECTIVES[name]
         options = [p for p in inspect.signature(self.function).parameters.values() if p.kind is p.KEYWORD_ONLY]
-        self.takes_sequence_ratio = any(p.name == "sequence_log_ratio" for p in options)
-        known = {p.name for p in options} - _COMPUTED
+        names = {p.name for p in options}
+        #: The function's argument for the log-ratio of a whole response; ``None``, where it takes those of tokens only
+        self.response_argument = next((name for name in _OF_RESPONSES if name in names), None)
+        self.takes_old_log_prob = "old_log_prob" in names
+        known = names - _COMPUTED
         required = {p.name for p in options if p.default is p.empty} & known
         if set(coefficients) - known or required - set(coefficients):
             raise ValueError(
                 f"The objective {name!r} got `objective_kwargs` {sorted(coefficients)}; "
                 f"it takes {sorted(known) or 'none'}, of which it needs {sorted(required) or 'none'}."
             )
+        for option, value in coefficients.items():
+            if not callable(value):
+                check_coefficient(option, value)
+                if option in _DIVISORS and value == 0:
+                    raise ValueError(f"`{option}` of the objective {name!r} is {value!r}; it must be positive.")
         self._coefficients = coefficients
+        self._defaults = {p.name: p.default for p in options if p.name in known}
         #: At the current progress of training
         self.coefficients: dict[str, Any] = {}
         #: Of no use to a baseline. Models of any objective have one, so that either loads the other's weights.
@@ -50,16 +69,63 @@ class PolicyLoss:
         values = {name: scheduled(value, progress_remaining) for name, value in self._coefficients.items()}
         self.coefficients = {name: as_value(value) for name, value in values.items()}
 
-    def __call__(self, log_ratio: th.Tensor, advantages: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
+    @property
+    def clip_range(self) -> tuple[Any, Any]:
+        """How far below and above one the objective clips the ratio; PPO's default where it has no such coefficients."""
+        values = self._defaults | self.coefficients
+        either = values.get("clip_range", PPO_CLIP_RANGE)
+        return values.get("clip_low", either), values.get("clip_high", either)
+
+    def __call__(
+        self,
+        log_ratio: th.Tensor,
+        advantages: th.Tensor,
+        *,
+        mask: th.Tensor | None = None,
+        old_log_prob: th.Tensor | None = None,
+    ) -> tuple[th.Tensor, th.Tensor]:
         """
-        :param log_ratio: Shape ``(n,)``, or ``(n, n_tokens)`` of responses, with zeros at padding
+        :param log_ratio: Shape ``(n,)``, or ``(n, n_tokens)`` of responses
         :param advantages: Broadcasts to it
+        :param mask: Shape of ``log_ratio``, boolean or 0/1: which entries are no padding; log-ratios elsewhere do not count.
+            ``None``, if all are to count. Lengths of responses are read from it.
+        :param old_log_prob: Log-probabilities under the behaviour policy, of the shape of ``log_ratio``; DPPO needs them
         :return: Per-sample loss and deviation ``rho - 1``, see ``sb3_r2vpo.core.objectives``
+        :raises ValueError: The objective needs ``old_log_prob``.
         """
-        if self.takes_sequence_ratio and log_ratio.ndim > 1:
-            sequence_log_ratio = log_ratio.sum(-1, keepdim=True)
-            return self.function(log_ratio, advantages, sequence_log_ratio=sequence_log_ratio, **self.coefficients)
-        return self.function(log_ratio, advantages, **self.coefficients)
+        if mask is not None:
+            log_ratio = th.where(mask.bool(), log_ratio, 0.0)
+        arguments = dict(self.coefficients)
+        if self.response_argument is not None and log_ratio.ndim > 1:
+            arguments[self.response_argument] = self._of_responses(log_ratio, mask)
+        if self.takes_old_log_prob:
+            if old_log_prob is None:
+                raise ValueError(f"The objective {self.function.__name__!r} needs `old_log_prob`, a keyword argument.")
+            arguments["old_log_prob"] = old_log_prob
+        return self.function(log_ratio, advantages, **arguments)
+
+    def action_log_ratio(self, log_ratio: th.Tensor, mask: th.Tensor | None = None) -> th.Tensor:
+        """
+        Log-ratios of what is an action to the objective, for statistics: of whole responses, where it takes their ratios
+        (GSPO's is the mean over the tokens), else of tokens or steps.
+
+        :param log_ratio: As above
+        :param mask: As above
+        :return: One dimension, without padding and without responses that are empty
+        """
+        counted = None if mask is None else mask.bool()
+        if self.response_argument is not None and log_ratio.ndim > 1:
+            if counted is not None:
+                log_ratio, counted = th.where(counted, log_ratio, 0.0), counted.any(-1)
+            log_ratio = self._of_responses(log_ratio, mask).squeeze(-1)
+        return log_ratio.flatten() if counted is None else log_ratio[counted]
+
+    def _of_responses(self, log_ratio: th.Tensor, mask: th.Tensor | None) -> th.Tensor:
+        """:return: Sum or mean over the tokens of each response, as the function takes it, shape ``(n, 1)``"""
+        total = in_float32(log_ratio).sum(-1, keepdim=True)
+        if self.response_argument == "sequence_log_ratio":
+            return total
+        return total / (log_ratio.shape[-1] if mask is None else mask.sum(-1, keepdim=True).clamp(min=1))
 
     def entropy_bonus(self, ratio_variance: th.Tensor) -> th.Tensor | None:
         """
@@ -162,13 +228,20 @@ def make_policy_loss(
     :param n_actions: As above
     :param options: Further ones of the objective, by name
     :return: The objective with its coefficients
-    :raises ValueError: There is no such objective, or one of its options is missing, unknown or out of its range.
+    :raises ValueError: There is no such objective, it is not one for these actions, or one of its options is missing, unknown
+        or out of its range.
     """
     if name not in OBJECTIVES:
         raise ValueError(f"Unknown `objective` {name!r}; choose one of {', '.join(OBJECTIVES)}.")
     options = options or {}
     if not name.startswith("r2vpo"):
-        return PolicyLoss(name, **options)
+        policy_loss = PolicyLoss(name, **options)
+        if n_actions is not None and policy_loss.takes_old_log_prob:
+            raise ValueError(
+                f"The objective {name!r} compares probabilities of tokens or discrete actions; continuous actions have none, "
+                "only a density. Choose another `objective`."
+            )
+        return policy_loss
     parameters = inspect.signature(RatioVarianceLoss).parameters.values()
     known = {parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY}
     if set(options) - known:

@@ -4,29 +4,33 @@ from collections.abc import Sequence
 
 import torch as th
 
-from sb3_r2vpo.core.objectives import ratio_statistics
-
-#: Clip range against which ``train/clip_fraction`` is counted, unless the objective has one of its own: SB3 PPO's default.
-PPO_CLIP_RANGE = 0.2
+from sb3_r2vpo.core.policy_loss import PPO_CLIP_RANGE
+from sb3_r2vpo.core.ratio import ratio_statistics
 
 
-def summarize_ratios(log_ratio: th.Tensor, clip_range: float | th.Tensor = PPO_CLIP_RANGE) -> dict[str, th.Tensor]:
+def summarize_ratios(
+    log_ratio: th.Tensor, clip_low: float | th.Tensor = PPO_CLIP_RANGE, clip_high: float | th.Tensor | None = None
+) -> dict[str, th.Tensor]:
     """
     What the ratios of all minibatches of an update tell, beside their mean variance.
 
-    :param log_ratio: In one dimension, without padding
-    :param clip_range: Deviation of the ratio from one beyond which PPO would clip
+    :param log_ratio: In one dimension, without padding: of whole responses where these are the objective's actions, see
+        :meth:`~sb3_r2vpo.core.policy_loss.PolicyLoss.action_log_ratio`
+    :param clip_low: How far below one ratios count as clipped, see
+        :attr:`~sb3_r2vpo.core.policy_loss.PolicyLoss.clip_range`
+    :param clip_high: How far above one; ``None`` (default) for as far as below
     :return: Scalars. ``ess`` is Kish's effective sample size as a fraction of the samples: 1 on-policy, towards 0 if a few
         ratios dominate.
     """
     stats = ratio_statistics(log_ratio)
     ratio = stats["ratio"]
+    clip_high = clip_low if clip_high is None else clip_high
     return {
         "approx_kl": stats["approx_kl"].mean(),
         # The largest of all: one outlier can dominate an update, and a mean would hide it
         "ratio_max": ratio.max(),
         "ess": ratio.mean().square() / ratio.square().mean(),
-        "clip_fraction": ((ratio - 1).abs() > clip_range).float().mean(),
+        "clip_fraction": ((ratio < 1 - clip_low) | (ratio > 1 + clip_high)).float().mean(),
     }
 
 

@@ -11,6 +11,7 @@ from gymnasium import spaces
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env.base_vec_env import VecEnv, VecEnvIndices, VecEnvStepReturn
 
+from sb3_r2vpo.common.checks import check_whole_number
 from sb3_r2vpo.envs.dm_control import DM_CONTROL_IDS, MAX_EPISODE_STEPS
 
 # EnvPool gives all tasks of a domain the same keys: those that a task does not observe, mostly zeros, are left out.
@@ -98,10 +99,9 @@ class EnvPoolVecEnv(VecEnv):
                 f"{env_id!r} is not a task of the DeepMind Control Suite; its ids are `dm_control/<domain>-<task>-v0`. "
                 f"Close matches: {', '.join(matches) or 'none'}."
             )
-        if n_envs < 1:
-            raise ValueError(f"`n_envs` must be at least 1, got {n_envs}.")
-        if num_threads is not None and num_threads < 1:
-            raise ValueError(f"`num_threads` must be at least 1, or None for EnvPool's choice, got {num_threads}.")
+        n_envs = check_whole_number("n_envs", n_envs)
+        if num_threads is not None:
+            num_threads = check_whole_number("num_threads", num_threads)
         try:
             import envpool
         except ModuleNotFoundError as error:
@@ -138,8 +138,12 @@ class EnvPoolVecEnv(VecEnv):
         """
         seeds = [seed % 2**31 for seed in self._seeds if seed is not None]  # EnvPool's are int32
         if seeds:
+            # The old environments first: those of a large pool take gigabytes
+            self._pool = None
             self._pool = self._make_pool(seed=seeds)
             self._reset_seeds()
+        if self._pool is None:
+            raise RuntimeError("The environments have been closed: call `seed()` before `reset()` to make them anew.")
         obs, _ = self._pool.reset()
         self._returns[:] = 0
         if self._stagger:

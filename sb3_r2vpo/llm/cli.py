@@ -17,7 +17,6 @@ All of them read a YAML file; see examples/llm/*.yml. Its sections:
 import argparse
 import importlib
 import json
-import shutil
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -28,7 +27,8 @@ import yaml
 from stable_baselines3.common.logger import configure
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from sb3_r2vpo.llm.checkpoint import CheckpointCallback, list_checkpoints, load_checkpoint
+from sb3_r2vpo.common.archive import written_atomically
+from sb3_r2vpo.common.checkpoint import CheckpointCallback, list_checkpoints, newest_readable, resume
 from sb3_r2vpo.llm.evaluation import ResponseEvalCallback, evaluate_responses
 from sb3_r2vpo.llm.policy import CausalLMPolicy
 from sb3_r2vpo.llm.task import Problem
@@ -105,12 +105,14 @@ def held_out_problems(task: TextTask, n_problems: int) -> list[Problem]:
     return held_out
 
 
-def train(config: dict[str, Any], folder: Path) -> None:
+def train(config: dict[str, Any], folder: Path) -> int:
     """
     Train, or go on from the folder's latest checkpoint; then write the model as a Hugging Face folder ``model``.
 
     :param config: From :func:`load_config`
     :param folder: For checkpoints, TensorBoard and the model
+    :return: The exit status: 0, or 143 if SIGTERM has ended training, which has saved a checkpoint
+    :raises ValueError: There is a checkpoint of a training with other settings.
     """
     tokenizer = load_tokenizer(config["policy"]["model"])
     task = make_task(config["task"], tokenizer)
@@ -119,21 +121,46 @@ def train(config: dict[str, Any], folder: Path) -> None:
     env, eval_env = TokenVecEnv(task, **config["env"]), TokenVecEnv(task, **{**config["env"], "group_size": settings["k"]})
     arguments = dict(config["algorithm"])
     algorithm = ALGORITHMS[arguments.pop("name")]
-    checkpoints = list_checkpoints(folder)
-    if checkpoints:
-        print(f"Going on from {checkpoints[-1]}")
-        model = load_checkpoint(algorithm, checkpoints[-1], env, device=arguments.get("device", "auto"))
+    checkpoint = newest_readable(folder)
+    if checkpoint is not None:
+        print(f"Going on from {checkpoint}")
+        model = resume(checkpoint, env, algorithm, device=arguments.get("device", "auto"))
     else:
         model = algorithm(CausalLMPolicy, env, policy_kwargs=config["policy"], **arguments)
     model.set_logger(configure(str(folder), ["stdout", "tensorboard"]))
-    callbacks = [
-        CheckpointCallback(folder, settings["save_freq"]),
-        ResponseEvalCallback(eval_env, problems, settings["eval_freq"]),
-    ]
+    save_freq = settings["save_freq"] * model.n_steps * env.num_envs
     remaining = config["n_responses"] - model.num_timesteps
-    if remaining > 0:
-        model.learn(remaining, callback=callbacks, reset_num_timesteps=not checkpoints)
-    model.policy.export(folder / "model", tokenizer)  # type: ignore[operator]
+    with CheckpointCallback(folder, save_freq, every=None, keep_best=False) as checkpoints:
+        if remaining > 0:
+            callbacks = [ResponseEvalCallback(eval_env, problems, settings["eval_freq"]), checkpoints]
+            model.learn(remaining, callback=callbacks, reset_num_timesteps=checkpoint is None)
+    if checkpoints.stopped_by is not None:
+        print(f"Stopped by a signal; the same command goes on from {checkpoints.last_path}")
+        return 128 + checkpoints.stopped_by
+    model.policy.export(folder / "model", tokenizer)
+    return 0
+
+
+def keep_settings(config_path: Path, folder: Path) -> None:
+    """
+    Keep a copy of the settings with what they have trained.
+
+    :param config_path: The YAML file
+    :param folder: The training's folder, made if it does not exist
+    :raises ValueError: The folder has checkpoints of a training with others; ``n_responses`` and ``eval`` may change.
+    """
+    kept = folder / "config.yml"
+    if kept.is_file() and list_checkpoints(folder):
+        old, new = ({**load_config(path), "n_responses": None, "eval": None} for path in (kept, config_path))
+        if changed := sorted(section for section in old if old[section] != new[section]):
+            raise ValueError(
+                f"The training in {folder} has other settings in {', '.join(changed)} than {config_path}: see {kept}. Go on "
+                "with those, or begin a new training with another `--folder`."
+            )
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (kept.exists() and kept.samefile(config_path)):
+        with written_atomically(kept) as file:
+            file.write(config_path.read_bytes())
 
 
 def evaluation_setup(config: dict[str, Any], model: str | None) -> tuple[CausalLMPolicy, TokenVecEnv, list[Problem]]:
@@ -173,9 +200,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         config["eval"]["n_problems"] = options.n_problems
     if options.command == "train":
         folder = options.folder or Path("logs/llm") / options.config.stem
-        folder.mkdir(parents=True, exist_ok=True)
-        shutil.copy(options.config, folder / "config.yml")
-        train(config, folder)
+        keep_settings(options.config, folder)
+        if status := train(config, folder):
+            raise SystemExit(status)
         return
     if options.command == "generate":
         config["eval"]["k"] = 1

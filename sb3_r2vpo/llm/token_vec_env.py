@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from stable_baselines3.common.vec_env import VecEnv
 
+from sb3_r2vpo.common.random_state import bit_generator
 from sb3_r2vpo.llm.spaces import PADDING, ResponseSpace, pad_left, prompt_space
 from sb3_r2vpo.llm.task import Conversation, Problem, Task, checked_reward, draw_problem
 from sb3_r2vpo.llm.token_env import next_reply
@@ -105,16 +106,40 @@ class TokenVecEnv(VecEnv):
         return pad_left(tokens, self.max_length)
 
     def get_state(self) -> dict[str, Any]:
-        """:return: All that a later :meth:`set_state` needs to go on with the same prompts, to be pickled"""
-        names = ("rng", "conversations", "turn", "active", "scores", "start_time")
-        return {name: getattr(self, name) for name in names}
+        """:return: All that a later :meth:`set_state` needs to go on with the same prompts, as plain values"""
+        first = self.conversations[:: self.group_size]
+        return {
+            "shape": self._shape(),
+            "rng": self.rng.bit_generator.state,
+            # The same object for a group: answers may be large
+            "problems": [(list(conversation.problem.prompt), conversation.problem.answer) for conversation in first],
+            "turns": [(list(conversation.turns), list(conversation.replies)) for conversation in self.conversations],
+            "turn": self.turn,
+            "active": list(self.active),
+            "scores": self.scores.copy(),
+            "elapsed": time.time() - self.start_time,
+        }
 
     def set_state(self, state: dict[str, Any]) -> None:
         """
         :param state: From :meth:`get_state` of environments with the same arguments
+        :raises ValueError: They have others.
         """
-        for name, value in state.items():
-            setattr(self, name, value)
+        different = {key: (old, self._shape()[key]) for key, old in state["shape"].items() if self._shape()[key] != old}
+        if different:
+            changes = ", ".join(f"`{key}` was {old}, and is {new}" for key, (old, new) in different.items())
+            raise ValueError(f"The training that is to go on had other environments: {changes}. Set what it had.")
+        self.rng = np.random.Generator(bit_generator(state["rng"]))
+        problems = [Problem(prompt, answer) for prompt, answer in state["problems"] for _ in range(self.group_size)]
+        self.conversations = [
+            Conversation(problem, turns, replies) for problem, (turns, replies) in zip(problems, state["turns"], strict=True)
+        ]
+        self.turn, self.active, self.scores = state["turn"], state["active"], state["scores"]
+        self.start_time = time.time() - state["elapsed"]
+
+    def _shape(self) -> dict[str, int]:
+        names = ("n_prompts", "group_size", "max_prompt_tokens", "max_turns", "max_reply_tokens", "max_length")
+        return {name: getattr(self, name) for name in names}
 
     def step_async(self, actions: np.ndarray) -> None:
         self.actions = actions

@@ -9,6 +9,7 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
 
 from sb3_r2vpo.common.algorithm import RatioVarianceAlgorithm
+from sb3_r2vpo.common.checks import check_number, check_whole_number
 
 SelfR2VPO = TypeVar("SelfR2VPO", bound="R2VPO")
 
@@ -173,6 +174,7 @@ class R2VPO(RatioVarianceAlgorithm):
         self.target_kl = target_kl
         self.compile = compile
 
+        self._check_arguments()
         if self.env is not None:
             self._check_batch_size(self.env.num_envs)
         if _init_setup_model:
@@ -195,9 +197,14 @@ class R2VPO(RatioVarianceAlgorithm):
         :param tb_log_name: Name of the run for TensorBoard; ``None`` for that of the class
         :param kwargs: Those of the variant, such as ``use_masking``
         :return: The model
+        :raises ValueError: An argument is out of its range, also one of the constructor's that has been set since; an
+            environment returned NaN or infinity; or the policy's actions or gradients are not finite. What was wrong has not
+            been used: the model can be saved, and ``learn`` called again.
         """
+        if log_interval is not None:
+            log_interval = check_whole_number("log_interval", log_interval)
         return super().learn(
-            total_timesteps=int(total_timesteps),
+            total_timesteps=int(check_number("total_timesteps", total_timesteps)),
             callback=callback,
             log_interval=log_interval,
             tb_log_name=type(self).__name__ if tb_log_name is None else tb_log_name,
