@@ -209,8 +209,10 @@ def test_objectives_are_their_functions(name):
     loss.follow_schedules(1.0)
     is_ours = name.startswith("r2vpo")
     assert isinstance(loss, RatioVarianceLoss) == is_ours
-    expected = OBJECTIVES[name](LOG_RATIO, ADVANTAGES, **kwargs, **({"var_coef": 0.7} if is_ours else {}))
-    for ours, theirs in zip(loss(LOG_RATIO, ADVANTAGES), expected, strict=True):
+    old = {"old_log_prob": th.full_like(LOG_RATIO, -1.0)}
+    needed = old if name == "dppo" else {}
+    expected = OBJECTIVES[name](LOG_RATIO, ADVANTAGES, **kwargs, **needed, **({"var_coef": 0.7} if is_ours else {}))
+    for ours, theirs in zip(loss(LOG_RATIO, ADVANTAGES, **old), expected, strict=True):
         th.testing.assert_close(ours, theirs)
     assert (loss.entropy_bonus(th.tensor(0.1)) is None) == (name != "r2vpo" or loss.n_actions is None)
     assert loss.logged() == pytest.approx({"var_coef": 0.7} if is_ours else kwargs)

@@ -10,7 +10,7 @@ EXTRAS = {
     "zoo": ["rl_zoo3", "optuna", "huggingface_sb3", "tensorboard", "tqdm", "rich", "matplotlib", "moviepy", "yaml", "pandas"],
     "dm_control": ["shimmy", "dm_control", "mujoco"],
     "envpool": ["envpool"],
-    "llm": ["transformers", "peft", "safetensors", "gguf", "reasoning_gym", "math_verify"],
+    "llm": ["transformers", "peft", "gguf", "reasoning_gym", "math_verify"],
 }
 
 # As if the packages were not installed

@@ -198,8 +198,8 @@ def test_objectives_differ():
     """Each name really selects another update, once ratios leave the clip range."""
     fast = {"n_epochs": 20, "learning_rate": 1e-2}
     results = []
-    # Two forms of TOPR, and of R2VPO, differ on sequences only
-    for objective in OBJECTIVES.keys() - {"topr_token", "r2vpo_sequence"}:
+    # Two forms of TOPR, of DRO and of R2VPO differ on sequences only
+    for objective in OBJECTIVES.keys() - {"topr_token", "dro_token", "r2vpo_sequence"}:
         kwargs = {"kl_coef": 1.0} if objective == "exact_kl" else None
         model = R2VPO("MlpPolicy", "CartPole-v1", objective=objective, objective_kwargs=kwargs, **(SMALL | fast))
         results.append(weights(model.learn(64)))

@@ -94,14 +94,8 @@ def soft_gate(ratio: float, temperature: float) -> tuple[float, float]:
         # From a probability of 0.4 to 0.56 and 0.52; to 0.24 and 0.28, with the mask on one side only
         (dppo, {"old_log_prob": math.log(0.4)}, 1.0, (1.4, 1.3, 0.1), (0.0, -1.3, -0.1), (0.0, 1.3, 0.1)),
         (dppo, {"old_log_prob": math.log(0.4)}, -1.0, (0.6, 0.7, 2.0), (0.0, 0.7, 2.0), (0.0, -0.7, -2.0)),
-        (
-            dppo,
-            {"old_log_prob": math.log(0.4), "delta_high": 0.05, "delta_low": 0.3},
-            1.0,
-            (1.1, 1.2),
-            (-1.1, 0.0),
-            (1.1, 0.0),
-        ),
+        (dppo, {"old_log_prob": math.log(0.4), "delta_high": 0.05}, 1.0, (1.1, 1.2), (-1.1, 0.0), (1.1, 0.0)),
+        (dppo, {"old_log_prob": math.log(0.4), "delta_low": 0.05}, -1.0, (0.9, 0.8), (0.9, 0.0), (-0.9, 0.0)),
         # A rare token may become ten times as likely
         (dppo, {"old_log_prob": math.log(0.01)}, 1.0, (10.0, 20.0), (-10.0, 0.0), (10.0, 0.0)),
     ],

@@ -144,8 +144,8 @@ def kill_training(case: str, n_kills: int, n_timesteps: int, every: float = 1.0)
             if process.stdout.readline() == "resumed\n":
                 resumed += 1
             try:
-                # On average, as much as it takes to be done with the last kill
-                process.wait(generator.uniform(0, 2 * seconds / n_kills) if kills < n_kills else None)
+                # On average, it is nearly done with the last kill
+                process.wait(generator.uniform(0, 2 * seconds / (n_kills + 1)) if kills < n_kills else None)
             except subprocess.TimeoutExpired:
                 process.kill()
                 kills += 1

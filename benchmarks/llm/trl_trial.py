@@ -43,6 +43,10 @@ TRL_ARMS: dict[str, dict[str, Any]] = {
 }
 
 
+#: In the order in which they are run: first the two that are to agree
+ARMS = ["own", "trl", *sorted((OWN_ARMS.keys() | TRL_ARMS.keys()) - {"own", "trl"})]
+
+
 def tokenizer() -> PreTrainedTokenizerFast:
     """The task's characters as tokens; padding is masked, and may be any token."""
     model = Tokenizer(models.WordLevel({character: i for i, character in enumerate(CHARACTERS)}, unk_token=EOS))
@@ -119,8 +123,8 @@ def main() -> None:
     task = BiasedTeacherTask()
     held_out = own.HeldOut(task)
     done = {(row["arm"], int(row["seed"])) for row in own.read(RESULT)}
-    for seed in SEEDS:
-        for arm in (*OWN_ARMS, *TRL_ARMS):
+    for arm in ARMS:
+        for seed in SEEDS:
             if (arm, seed) in done:
                 continue
             start = time.process_time()
@@ -132,7 +136,7 @@ def main() -> None:
             with RESULT.open("a") as file:
                 file.write("arm,seed,held_out,cpu_seconds\n" if is_new else "")
                 file.write(f'"{arm}",{seed},{accuracy:.5f},{seconds}\n')
-    for arm in (*OWN_ARMS, *TRL_ARMS):
+    for arm in ARMS:
         values = [float(row["held_out"]) for row in own.read(RESULT) if row["arm"] == arm]
         print(f"{arm:32} {statistics.mean(values):.3f} ({min(values):.3f} to {max(values):.3f}), {len(values)} seeds")
 

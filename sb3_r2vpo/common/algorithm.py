@@ -28,7 +28,7 @@ from sb3_r2vpo.common.saving import ReplaySaving
 from sb3_r2vpo.core.batch import Minibatch
 from sb3_r2vpo.core.objectives import ratio_minus_one
 from sb3_r2vpo.core.optim import Descent, with_fewer_operations
-from sb3_r2vpo.core.statistics import PPO_CLIP_RANGE, gradient_norms, summarize_ratios
+from sb3_r2vpo.core.statistics import gradient_norms, summarize_ratios
 from sb3_r2vpo.core.update import Evaluation, Update
 
 
@@ -243,8 +243,7 @@ class RatioVarianceAlgorithm(ReplaySaving, RolloutCollection):
         :param statistics: By name, a value for each minibatch
         :param names: Of the parameters, in the order of the gradients' norms
         """
-        clip_range = self.policy_loss.coefficients.get("clip_range", PPO_CLIP_RANGE)
-        summary = summarize_ratios(th.cat(statistics.pop("log_ratio")), clip_range)
+        summary = summarize_ratios(th.cat(statistics.pop("log_ratio")), *self.policy_loss.clip_range)
         is_critic = ["value_net" in name or name.startswith(("vf_", "lstm_critic.", "critic.")) for name in names]
         summary |= gradient_norms(is_critic, th.stack(statistics.pop("grad_norms")))
         summary |= {name: th.stack(values) for name, values in statistics.items()}

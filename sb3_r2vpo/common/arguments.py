@@ -10,7 +10,7 @@ from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.preprocessing import get_action_dim
 from stable_baselines3.common.type_aliases import Schedule
 
-from sb3_r2vpo.common.checks import check_arguments, check_batch_size, evaluate_argument, number_or_schedule
+from sb3_r2vpo.common.checks import check_arguments, check_batch_size, check_flag, evaluate_argument, number_or_schedule
 from sb3_r2vpo.common.critic import Critic, make_critic
 from sb3_r2vpo.common.exploration import CorrelatedNoise
 from sb3_r2vpo.common.rollout import RolloutReplayBuffer
@@ -107,17 +107,14 @@ class Arguments(OnPolicyAlgorithm):
             raise ValueError(f"`target_variance` is {target_variance!r}; it must be a number, a schedule, or 'auto'.")
         n_actions = get_action_dim(self.action_space) if isinstance(self.action_space, spaces.Box) else None
         var_coef = self.var_coef if isinstance(self.var_coef, str) else number_or_schedule("var_coef", self.var_coef)
-        policy_loss = make_policy_loss(
-            self.objective,
-            var_coef,
-            number_or_schedule("target_variance", target_variance),
-            n_actions,
-            {
-                # Flags are the objective's to check
-                name: value if isinstance(value, bool) else number_or_schedule(name, value)
-                for name, value in (self.objective_kwargs or {}).items()
-            },
-        )
+        target_variance = number_or_schedule("target_variance", target_variance)
+        options = dict(self.objective_kwargs or {})
+        for name, value in options.items():
+            if name == "compensate_entropy":
+                check_flag(name, value)
+            else:
+                options[name] = number_or_schedule(name, value)
+        policy_loss = make_policy_loss(self.objective, var_coef, target_variance, n_actions, options)
         if "policy_loss" in self._made and self._made["policy_loss"][1] == self.var_coef:
             # An adaptive multiplier goes on from its value
             policy_loss.multiplier.set_value(self.policy_loss.multiplier.value)

@@ -8,6 +8,7 @@ from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
+from stable_baselines3.common.utils import FloatSchedule
 
 from sb3_r2vpo.core.multiplier import Schedule, scheduled
 
@@ -97,7 +98,12 @@ class CheckedSchedule:
     """
 
     def __init__(self, name: str, schedule: Schedule, minimum: float = 0.0) -> None:
+        # SB3's own wrapper makes a TypeError of a value that is no number
+        schedule = schedule.value_schedule if isinstance(schedule, FloatSchedule) else schedule
         self.name, self.schedule, self.minimum = name, schedule, minimum
+
+    def __repr__(self) -> str:
+        return repr(self.schedule)
 
     def __call__(self, progress_remaining: float) -> float:
         """

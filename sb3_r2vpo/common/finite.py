@@ -29,11 +29,15 @@ def _is_suspicious(value: Any) -> bool:
     """
     :param value: What may be an array
     :return: Whether to look for NaN and infinity in it: an array holds some, or numbers whose squares overflow; or it is no
-        array. Run at each step of the environments, this takes a third of the time of ``np.isfinite(value).all()``.
+        array. As it runs at each step of the environments, it takes a third of the time of ``np.isfinite(value).all()``.
     """
-    if type(value) is np.ndarray:
-        return value.dtype.kind == "f" and not math.isfinite(np.vdot(value, value))
-    return True
+    if type(value) is not np.ndarray:
+        return True
+    if value.dtype.kind != "f":
+        return False
+    # A handful of numbers is added up faster by Python, as Python's own
+    total = sum(value.ravel().tolist()) if value.size <= 16 else np.vdot(value, value)
+    return not math.isfinite(total)
 
 
 def _find(value: Any, name: str) -> tuple[str, tuple[int, ...], float] | None:
@@ -199,7 +203,7 @@ def refuse_nonfinite_rollout(model: "RolloutCollection") -> None:
     buffer = model.rollout_buffer
     for name in ROLLOUT_FIELDS:
         array = getattr(buffer, name)
-        if not _is_suspicious(array):
+        if math.isfinite(np.vdot(array, array)):
             continue
         bad = ~np.isfinite(array)
         problem = "NaN or infinity"

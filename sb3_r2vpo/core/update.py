@@ -9,9 +9,9 @@ import torch as th
 
 from sb3_r2vpo.core.batch import Minibatch
 from sb3_r2vpo.core.compilation import compiled
-from sb3_r2vpo.core.objectives import ratio_statistics
 from sb3_r2vpo.core.optim import Descent
 from sb3_r2vpo.core.policy_loss import PolicyLoss
+from sb3_r2vpo.core.ratio import ratio_statistics
 
 Statistics = dict[str, th.Tensor]
 Backward = Callable[[th.Tensor], None]
@@ -84,14 +84,14 @@ def step(update: Update, batch: Minibatch) -> Statistics:
 
     # Theorem 4.3: -rho A + lambda (rho - 1)^2
     log_ratio = log_prob - samples.old_log_prob
-    losses, deviation = objective(log_ratio, advantages)
+    losses, deviation = objective(log_ratio, advantages, mask=batch.mask, old_log_prob=samples.old_log_prob)
     loss = policy_loss = batch.mean(losses)
     ratio_variance = batch.mean(deviation.square())
 
     # Entropy favors exploration; -log_prob estimates it where there is no closed form
     entropy_loss = -batch.mean(-log_prob if entropy is None else entropy)
     statistics = {
-        "log_ratio": batch.select(log_ratio.detach()),
+        "log_ratio": objective.action_log_ratio(log_ratio.detach(), batch.mask),
         "ratio_variance": ratio_variance,
         "policy_gradient_loss": policy_loss.detach(),
         "entropy_loss": entropy_loss.detach(),
@@ -111,7 +111,7 @@ def step(update: Update, batch: Minibatch) -> Statistics:
 
     may_step = None
     if update.target_kl is not None:
-        statistics["approx_kl"] = batch.mean(ratio_statistics(log_ratio)["approx_kl"])
+        statistics["approx_kl"] = ratio_statistics(statistics["log_ratio"])["approx_kl"].mean()
         may_step = statistics["approx_kl"] <= 1.5 * update.target_kl
     accepted, statistics["grad_norms"] = update.descend(loss, may_step, backward)
     # Eq. 10: lambda <- max(0, lambda + eta (E[(rho - 1)^2] - epsilon))

@@ -110,7 +110,8 @@ class R2VPOConfig(GRPOConfig):
     @property
     def steps_per_cycle(self) -> int:
         """Minibatches of a process between two generated batches"""
-        return self.steps_per_generation * self.num_iterations
+        steps: Any = self.steps_per_generation  # which `GRPOConfig` has set by now
+        return steps * self.num_iterations
 
     def policy_loss(self) -> PolicyLoss:
         """:return: The objective with its coefficients and its multiplier"""
@@ -142,8 +143,14 @@ class R2VPOTrainer(GRPOTrainer):
     :raises ValueError: ``args`` is no ``R2VPOConfig``.
     """
 
+    args: R2VPOConfig
+    model: Any
+    max_completion_length: int
+    pad_to_multiple_of: Any
+    _buffered_inputs: Any
+
     _name = "R2VPO"
-    _tag_names = ("trl", "r2vpo")
+    _tag_names = ["trl", "r2vpo"]  # noqa: RUF012
     _paper = {  # noqa: RUF012
         "title": "Ratio-Variance Regularized Policy Optimization",
         "id": "2605.26784",
@@ -259,10 +266,11 @@ class R2VPOTrainer(GRPOTrainer):
 
     def _prepare_inputs(self, generation_batch: Any) -> Batch:
         inputs = super()._prepare_inputs(generation_batch)
-        if self.model.training and self.replay and self._step % self.args.steps_per_generation == 0:
+        n_minibatches: Any = self.args.steps_per_generation
+        if self.model.training and self.replay and self._step % n_minibatches == 0:
             # Another pass of TRL's over its buffer of minibatches: fill it with replayed responses
-            drawn = self._draw(self._train_batch_size * self.args.steps_per_generation)
-            self._buffered_inputs = split_tensor_dict(drawn, self.args.steps_per_generation)
+            drawn = self._draw(self._train_batch_size * n_minibatches)
+            self._buffered_inputs = split_tensor_dict(drawn, n_minibatches)
             inputs = self._buffered_inputs[0]
         return inputs
 
