@@ -16,6 +16,7 @@ import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.callbacks import BaseCallback, EvalCallback
 from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.logger import KVWriter, Logger
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv, VecFrameStack, VecMonitor, VecNormalize
 
 import sb3_r2vpo.envs  # noqa: F401
@@ -154,6 +155,25 @@ class SavedWalk(Walk):
         self.position, self.n, self.np_random = state["position"], state["n"], state["generator"]
 
 
+class Images(SavedWalk):
+    observation_space = spaces.Box(0, 255, (36, 36, 1), np.uint8)
+
+    def reset(self, **kwargs: Any) -> Any:
+        super().reset(**kwargs)
+        return self.image(), {}
+
+    def step(self, action: int) -> Any:
+        return self.image(), *super().step(action)[1:]
+
+    def image(self) -> np.ndarray:
+        return self.np_random.integers(0, 255, (36, 36, 1), dtype=np.uint8)
+
+
+def images() -> VecEnv:
+    # Transposed views of stacked frames
+    return VecFrameStack(make_vec_env(Images, n_envs=2, seed=0), 2)
+
+
 class Scale(gym.RewardWrapper):
     """A wrapper of a user, with a plain attribute."""
 
@@ -210,6 +230,7 @@ CASES: dict[str, tuple[type, Callable[[], VecEnv], dict[str, Any]]] = {
     ),
     "gsde": (R2VPO, lambda: make_vec_env("Pendulum-v1", n_envs=2, seed=0), {"use_sde": True, "sde_sample_freq": 5}),
     "recurrent": (RecurrentR2VPO, cartpole, {"policy": "MlpLstmPolicy", "policy_kwargs": {"lstm_hidden_size": 8}}),
+    "images": (R2VPO, images, {"policy": "CnnPolicy"}),
     "own state": (R2VPO, lambda: VecNormalize(DummyVecEnv([lambda: Scale(SavedWalk())] * 2)), {}),
 }
 
@@ -298,23 +319,40 @@ def test_what_is_no_checkpoint(tmp_path: Path) -> None:
         resume(tmp_path / "model.zip", cartpole())
 
 
-def test_callbacks_go_on_as_well(tmp_path: Path) -> None:
+@pytest.mark.parametrize("options", [{}, {"noise_exponent": 0.5}], ids=["white", "coloured"])
+def test_callbacks_and_the_log_go_on_as_well(options: dict[str, Any], tmp_path: Path) -> None:
+    def make_env() -> VecEnv:
+        return make_vec_env("Pendulum-v1", n_envs=2, seed=0)
+
     def callbacks() -> tuple[EvalCallback, list[BaseCallback]]:
         evaluation = EvalCallback(
-            make_vec_env("CartPole-v1", seed=7), eval_freq=24, n_eval_episodes=2, log_path=str(tmp_path), verbose=0
+            make_vec_env("Pendulum-v1", seed=7), eval_freq=24, n_eval_episodes=2, log_path=str(tmp_path), verbose=0
         )
         return evaluation, [evaluation, CheckpointCallback(tmp_path, save_freq=64, keep=9)]
 
+    lines: list[dict[str, Any]] = []
+
+    class Line(KVWriter):
+        def write(self, key_values: dict[str, Any], key_excluded: dict[str, Any], step: int = 0) -> None:
+            # The first after the checkpoint, which the evaluation has written
+            if step == 144:
+                lines.append({key: value for key, value in key_values.items() if not key.startswith("eval/")})
+
     alone, both = callbacks()
-    model = make()
+    model = make(make_env(), **options)
+    model.set_logger(Logger(None, [Line()]))
     model.learn(256, callback=both)
     evaluation, both = callbacks()
-    resumed = resume(tmp_path / "checkpoint_128.zip", cartpole())
+    resumed = resume(tmp_path / "checkpoint_128.zip", make_env())
+    resumed.set_logger(Logger(None, [Line()]))
     resumed.learn(remaining_timesteps(resumed), callback=both, reset_num_timesteps=False)
     assert_equal(resumed, model)
     assert evaluation.n_calls == alone.n_calls == 128
     assert evaluation.evaluations_timesteps == alone.evaluations_timesteps == [48, 96, 144, 192, 240]
     assert evaluation.evaluations_results[:2] == alone.evaluations_results[:2]
+    # With what the last update before the checkpoint had recorded
+    assert "train/policy_gradient_loss" in lines[0] or "train/value_loss" in lines[0]
+    assert lines[0] == lines[1]
     assert evaluation.best_mean_reward >= max(np.mean(results) for results in alone.evaluations_results[:2])
 
 

@@ -845,10 +845,9 @@ def test_compiled_refuses_a_poisoned_step_stops_early_and_is_saved(tmp_path, cap
     model.rollout_buffer.advantages[3] = 1e38
     model.rollout_buffer.returns[3] = 1e38
     before = weights(model)
-    with pytest.raises(RuntimeError, match="non-finite"):
+    with pytest.raises(ValueError, match="squares overflow"):
         model.train()
-    assert weights(model).isfinite().all()
-    assert not th.equal(weights(model), before)
+    assert th.equal(weights(model), before)
     assert math.isfinite(model.policy_loss.multiplier.value.item())
 
     # The step that exceeds the limit is not made

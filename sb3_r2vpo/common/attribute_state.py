@@ -104,7 +104,7 @@ def _copy(value: Any) -> Any:
     if isinstance(value, NUMBERS):
         return value
     if kind is np.ndarray and value.dtype != object:
-        return value.copy()
+        return value.copy(order="K")
     if kind in (list, tuple, set, frozenset, deque):
         # Most lists are of numbers, and long
         items = value if {*map(type, value)} <= {bool, int, float, str} else map(_copy, value)

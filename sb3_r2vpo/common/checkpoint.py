@@ -214,9 +214,11 @@ class CheckpointCallback(BaseCallback):
     # === Saving now and then ===
 
     def _on_training_start(self) -> None:
+        # While rollouts are collected, another one may stand there
+        self._outermost: BaseCallback = self.locals["callback"]
         companions = _resumed.pop(self.model, None)
         if companions:
-            set_companions(self.model, self.locals["callback"], companions)
+            set_companions(self.model, self._outermost, companions)
             self.best_mean_return = companions["best_mean_return"]
         elif companions is None and self.model.num_timesteps == 0 and list_checkpoints(self.folder):
             raise ValueError(
@@ -250,7 +252,7 @@ class CheckpointCallback(BaseCallback):
             self._state = None
 
     def _current_state(self) -> dict[str, Any]:
-        companions = {**get_companions(self.model, self.locals["callback"]), "best_mean_return": self.best_mean_return}
+        companions = {**get_companions(self.model, self._outermost), "best_mean_return": self.best_mean_return}
         return {**get_training_state(self.model), "companions": companions}
 
     def _save(self) -> None:

@@ -62,8 +62,8 @@ def set_env_state(env: VecEnv, state: dict[str, Any]) -> None:
     if (found, env.num_envs) != (needed, state["n_envs"]):
         raise ValueError(
             f"The state is that of {state['n_envs']} environments in {' in '.join(reversed(needed))}, but this is "
-            f"{env.num_envs} environments in {' in '.join(reversed(found))}: make and wrap them as for the training that is to go "
-            "on."
+            f"{env.num_envs} environments in {' in '.join(reversed(found))}: make and wrap them as for the training that is "
+            "to go on."
         )
     for layer, saved in zip(layers, state["layers"], strict=True):
         if saved["state"] is None:

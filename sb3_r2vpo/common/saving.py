@@ -246,7 +246,7 @@ class ReplaySaving(BaseAlgorithm):
             raise KeyError("The observation_space and action_space were not given, can't verify new environments")
         if env is not None:
             # Wrap first if needed
-            env = cls._wrap_env(env, data["verbose"])
+            env = cls._wrap_env(env, kwargs.get("verbose", data.get("verbose", 0)))
             # Check if given env is valid
             check_for_correct_spaces(env, data["observation_space"], data["action_space"])
             # Discard `_last_obs`, this will force the env to reset before training

@@ -86,6 +86,9 @@ def _copied(value: Any) -> Any:
     """Environments may write into the arrays of observations again, and lists of statistics grow."""
     if isinstance(value, dict):
         return {key: _copied(item) for key, item in value.items()}
+    if isinstance(value, np.ndarray):
+        # In the same order of memory: convolutions of transposed images are rounded differently
+        return value.copy(order="K")
     return value.copy() if hasattr(value, "copy") else value
 
 
