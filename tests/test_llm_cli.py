@@ -1,6 +1,8 @@
 """The command line of language models, and checkpoints from which training goes on exactly."""
 
 import json
+import os
+import signal
 
 import pytest
 import torch as th
@@ -21,6 +23,18 @@ from sb3_r2vpo.llm.tasks.biased_teacher import tiny_model  # noqa: E402
 
 def reward(prompt: str, response: str) -> float:
     return float(len(response) < 4)
+
+
+calls = 0
+
+
+def terminating_reward(prompt: str, response: str) -> float:
+    """Of whose training the second batch of responses is broken off, once."""
+    global calls
+    calls += 1
+    if calls == 12:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return reward(prompt, response)
 
 
 @pytest.fixture
@@ -92,6 +106,24 @@ def test_training_goes_on_exactly_from_a_checkpoint(algorithm, tmp_path):
     assert resumed.num_timesteps == model.num_timesteps
     th.testing.assert_close(resumed.policy.state_dict(), model.policy.state_dict(), atol=0, rtol=0)
     assert resumed.policy_loss.multiplier.value == model.policy_loss.multiplier.value
+
+
+def test_sigterm_ends_training_and_the_same_command_goes_on(config_path, tmp_path, capsys):
+    config = yaml.safe_load(config_path.read_text())
+    config["eval"] |= {"eval_freq": 100, "save_freq": 100}
+    config_path.write_text(yaml.safe_dump(config))
+    main(["train", str(config_path), "--folder", str(tmp_path / "alone")])
+    config["task"]["reward_function"] = "test_llm_cli:terminating_reward"
+    config_path.write_text(yaml.safe_dump(config))
+    command = ["train", str(config_path), "--folder", str(tmp_path / "run")]
+    with pytest.raises(SystemExit) as caught:
+        main(command)
+    assert caught.value.code == 128 + signal.SIGTERM
+    assert "checkpoint_8.zip" in capsys.readouterr().out
+    assert not (tmp_path / "run" / "model").exists()
+    main(command)
+    models = [transformers.AutoModelForCausalLM.from_pretrained(tmp_path / name / "model") for name in ("alone", "run")]
+    th.testing.assert_close(models[0].state_dict(), models[1].state_dict(), atol=0, rtol=0)
 
 
 def test_other_settings_are_not_taken_for_those_of_the_training(config_path, tmp_path):
