@@ -1,10 +1,11 @@
-"""R2VPO with replay in TRL against this library's own loop, on the biased teacher: three seeds at equal settings.
+"""R2VPO with replay in TRL against this library's own loop, on the biased teacher: five seeds at equal settings.
 
     python benchmarks/llm/trl_trial.py        appends to results/trl_trial.csv what is not there yet, and prints the means
 
 The settings are those that `biased_teacher.py` chose for replay of 4: 25 iterations of 32 prompts with 8 responses, UTD 4.
 """
 
+import math
 import statistics
 import tempfile
 import time
@@ -23,7 +24,7 @@ from sb3_r2vpo.llm.tasks.biased_teacher import CHARACTERS, EOS, BiasedTeacherTas
 from sb3_r2vpo.llm.trl import R2VPOConfig, R2VPOTrainer
 
 RESULT = own.RESULTS / "trl_trial.csv"
-SEEDS = (0, 1, 2)
+SEEDS = (0, 1, 2, 3, 4)
 LEARNING_RATE = 1e-4
 TOKEN = {"objective": "r2vpo", "var_coef": 0.3}
 SEQUENCE = {"objective": "r2vpo_sequence", "var_coef": 0.1}
@@ -36,11 +37,14 @@ OWN_ARMS: dict[str, tuple[dict[str, Any], bool]] = {
 }
 #: Of TRL, with what differs from this library's loop: the arms after the first two have one of TRL's defaults each
 TRL_ARMS: dict[str, dict[str, Any]] = {
-    "trl": TOKEN,
+    "trl": {},
     "trl sequence": {**SEQUENCE, "loss_type": "grpo"},
-    "trl, learning rate to zero": {**TOKEN, "lr_scheduler_type": "linear"},
-    "trl, bf16": {**TOKEN, "bf16": True},
+    "trl, learning rate to zero": {"lr_scheduler_type": "linear"},
+    "trl, bf16": {"bf16": True},
 }
+#: TRL divides advantages by the standard deviation of a sample, this library by that of a population: they are smaller by this
+#: factor, and so is the multiplier that has the same effect
+ADVANTAGE_SCALE = math.sqrt(1 - 1 / own.GROUP_SIZE)
 
 
 #: In the order in which they are run: first the two that are to agree
@@ -65,7 +69,7 @@ def train_trl(task: BiasedTeacherTask, seed: int, options: dict[str, Any]) -> An
         return [float(task.decode(ids).endswith(f"={number}{EOS}")) for ids, number in rows]
 
     with tempfile.TemporaryDirectory() as folder:
-        arguments = {
+        arguments: dict[str, Any] = {
             "output_dir": folder,
             "per_device_train_batch_size": own.N_PROMPTS * own.GROUP_SIZE // own.N_MINIBATCHES,
             "steps_per_generation": own.N_MINIBATCHES,
@@ -87,7 +91,9 @@ def train_trl(task: BiasedTeacherTask, seed: int, options: dict[str, Any]) -> An
             "disable_tqdm": True,
             "logging_steps": 100,
         }
-        config = R2VPOConfig(**{**arguments, **options})
+        arguments |= {**TOKEN, **options}
+        arguments["var_coef"] *= ADVANTAGE_SCALE
+        config = R2VPOConfig(**arguments)
         trainer = R2VPOTrainer(own.base_model(task), right, config, data, processing_class=tokenizer())
         trainer.train()
     return trainer.model.float()

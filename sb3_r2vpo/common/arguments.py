@@ -101,10 +101,10 @@ class Arguments(OnPolicyAlgorithm):
 
     def _make_policy_loss(self) -> PolicyLoss:
         target_variance = self.target_variance
-        if target_variance == "auto":
+        if isinstance(target_variance, str):
+            if target_variance != "auto":
+                raise ValueError(f"`target_variance` is {target_variance!r}; it must be a number, a schedule, or 'auto'.")
             target_variance = default_target_variance(self.action_space)
-        elif isinstance(target_variance, str):
-            raise ValueError(f"`target_variance` is {target_variance!r}; it must be a number, a schedule, or 'auto'.")
         n_actions = get_action_dim(self.action_space) if isinstance(self.action_space, spaces.Box) else None
         var_coef = self.var_coef if isinstance(self.var_coef, str) else number_or_schedule("var_coef", self.var_coef)
         target_variance = number_or_schedule("target_variance", target_variance)
@@ -114,6 +114,8 @@ class Arguments(OnPolicyAlgorithm):
                 check_flag(name, value)
             else:
                 options[name] = number_or_schedule(name, value)
+        if not isinstance(self.objective, str):
+            raise ValueError(f"`objective` is {self.objective!r}; it must be a name, such as 'r2vpo'.")
         policy_loss = make_policy_loss(self.objective, var_coef, target_variance, n_actions, options)
         if "policy_loss" in self._made and self._made["policy_loss"][1] == self.var_coef:
             # An adaptive multiplier goes on from its value

@@ -35,6 +35,14 @@ def is_number(value: object) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool | np.bool_)
 
 
+def _as_float(value: Any) -> float:
+    """A number as Python's own; NaN for what is no number, or too large for a float."""
+    try:
+        return float(value) if is_number(value) else math.nan
+    except OverflowError:
+        return math.nan
+
+
 def check_whole_number(name: str, value: Any, minimum: int = 1) -> int:
     """
     :param name: Name of an argument
@@ -57,10 +65,11 @@ def check_number(name: str, value: Any, minimum: float = 0.0, maximum: float = m
     :return: The value, as Python's own number
     :raises ValueError: It is not a number, not finite, or out of its range.
     """
-    if not (is_number(value) and math.isfinite(value) and minimum <= value <= maximum):
+    number = _as_float(value)
+    if not (math.isfinite(number) and minimum <= number <= maximum):
         bounds = [f"at least {minimum:g}"] * math.isfinite(minimum) + [f"at most {maximum:g}"] * math.isfinite(maximum)
         raise ValueError(f"`{name}` is {value!r}; it must be a finite number{', ' * bool(bounds)}{' and '.join(bounds)}.")
-    return float(value)
+    return number
 
 
 def check_positive(name: str, value: Any, otherwise: str = "", maximum: float = sys.float_info.max) -> float:
@@ -72,10 +81,11 @@ def check_positive(name: str, value: Any, otherwise: str = "", maximum: float = 
     :return: The value, as Python's own number
     :raises ValueError: It is not a number, or out of its range.
     """
-    if not (is_number(value) and 0 < value <= maximum):
+    number = _as_float(value)
+    if not 0 < number <= maximum:
         finite = "" if maximum == math.inf else " and finite"
         raise ValueError(f"`{name}` is {value!r}; it must be positive{finite}{otherwise}.")
-    return float(value)
+    return number
 
 
 def check_flag(name: str, value: Any) -> None:

@@ -1,7 +1,9 @@
 """The DeepMind Control Suite on EnvPool, which steps all environments at once in C++ threads, as an SB3 `VecEnv`."""
 
+import ctypes
 import difflib
 import time
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -139,7 +141,7 @@ class EnvPoolVecEnv(VecEnv):
         seeds = [seed % 2**31 for seed in self._seeds if seed is not None]  # EnvPool's are int32
         if seeds:
             # The old environments first: those of a large pool take gigabytes
-            self._pool = None
+            self.close()
             self._pool = self._make_pool(seed=seeds)
             self._reset_seeds()
         if self._pool is None:
@@ -199,8 +201,12 @@ class EnvPoolVecEnv(VecEnv):
         return observations, rewards, dones, infos
 
     def close(self) -> None:
-        """Stop EnvPool's threads."""
-        self._pool = None
+        """Stop EnvPool's threads, and give the environments' memory back."""
+        if self._pool is not None:
+            self._pool = None
+            # The C library (glibc) keeps what threads have freed: 64 humanoids grew from 0.9 to 1.6 GB in ten resets
+            with suppress(OSError, AttributeError):
+                ctypes.CDLL("libc.so.6").malloc_trim(0)
 
     def _flatten(self, obs: dict[str, np.ndarray]) -> np.ndarray:
         n_rows = len(obs[self._keys[0]])

@@ -30,9 +30,8 @@ Batch = dict[str, Any]
 #: How TRL averages the tokens of a batch. Its other loss types are objectives of their own.
 LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo")
 
-#: Tolerances that were the best ones in `benchmarks/llm`. A response's variance is the sum of its tokens', roughly.
-TARGET_VARIANCES = {"r2vpo_sequence": 0.5}
-TOKEN_TARGET_VARIANCE = 0.016
+#: Tolerances of responses and of tokens that were the best ones in `benchmarks/llm`
+SEQUENCE_TARGET_VARIANCE, TARGET_VARIANCE = 0.5, 0.016
 
 
 @dataclass
@@ -98,7 +97,9 @@ class R2VPOConfig(GRPOConfig):
                 "With R2VPO the ratio is taken to the policy that vLLM sampled from: a second correction would count the "
                 "mismatch twice. Leave `vllm_importance_sampling_correction` off."
             )
-        if self.steps_per_cycle <= self.gradient_accumulation_steps and self.replay_capacity == 1 and not self.use_vllm:
+        n_minibatches: Any = self.steps_per_generation  # which `GRPOConfig` has set by now
+        one_step = n_minibatches * self.num_iterations <= self.gradient_accumulation_steps
+        if one_step and self.replay_capacity == 1 and not self.use_vllm:
             raise ValueError(
                 f"There is one optimizer step for each generated batch (steps_per_generation={self.steps_per_generation}, "
                 f"num_iterations={self.num_iterations}, gradient_accumulation_steps={self.gradient_accumulation_steps}), so "
@@ -106,12 +107,6 @@ class R2VPOConfig(GRPOConfig):
                 "pass a `replay_capacity` above 1."
             )
         self.policy_loss()
-
-    @property
-    def steps_per_cycle(self) -> int:
-        """Minibatches of a process between two generated batches"""
-        steps: Any = self.steps_per_generation  # which `GRPOConfig` has set by now
-        return steps * self.num_iterations
 
     def policy_loss(self) -> PolicyLoss:
         """:return: The objective with its coefficients and its multiplier"""
@@ -121,7 +116,7 @@ class R2VPOConfig(GRPOConfig):
         with suppress(ValueError, TypeError):
             var_coef = float(var_coef)
         if target_variance is None:
-            target_variance = TARGET_VARIANCES.get(self.objective, TOKEN_TARGET_VARIANCE)
+            target_variance = SEQUENCE_TARGET_VARIANCE if self.objective == "r2vpo_sequence" else TARGET_VARIANCE
         options: Any = self.objective_kwargs
         return make_policy_loss(self.objective, var_coef, target_variance, options=options)
 
@@ -168,6 +163,8 @@ class R2VPOTrainer(GRPOTrainer):
         self.policy_loss = args.policy_loss()
         #: Generated batches of this process, the newest last
         self.replay: deque[Batch] = deque(maxlen=args.replay_capacity)
+        #: Which responses of the replay come next, by their number
+        self._order = th.empty(0, dtype=th.int64)
         self._minibatch: Batch | None = None
         #: Of each minibatch since the last optimizer step: sum of the squared deviations, what it is divided by, largest ratio
         self._window: list[th.Tensor] = []
@@ -262,6 +259,7 @@ class R2VPOTrainer(GRPOTrainer):
             batch["old_per_token_logps"] = outputs[0]
         batch["generated_at"] = th.full((len(batch["prompt_ids"]),), self.state.global_step)
         self.replay.append({name: value.cpu() for name, value in batch.items()})
+        self._order = self._order[:0]
         return batch
 
     def _prepare_inputs(self, generation_batch: Any) -> Batch:
@@ -275,9 +273,15 @@ class R2VPOTrainer(GRPOTrainer):
         return inputs
 
     def _draw(self, n_responses: int) -> Batch:
-        """Responses, drawn uniformly from all of the replay without replacement, and padded anew."""
+        """
+        The next responses of an order that is random over all of the replay, padded anew. Until the replay changes, none comes
+        twice before all others have come.
+        """
         rows = [(batch, row) for batch in self.replay for row in range(len(batch["prompt_ids"]))]
-        chosen = [rows[i] for i in th.randperm(len(rows))[:n_responses].tolist()]
+        while len(self._order) < n_responses:
+            self._order = th.cat([self._order, th.randperm(len(rows))])
+        chosen = [rows[i] for i in self._order[:n_responses].tolist()]
+        self._order = self._order[n_responses:]
         drawn: Batch = {}
         for name in self.replay[-1].keys() - {"num_items_in_batch"}:
             values = [batch[name][row] for batch, row in chosen]
@@ -304,7 +308,8 @@ class R2VPOTrainer(GRPOTrainer):
         if not self.args.save_only_model:
             folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
             folder.mkdir(parents=True, exist_ok=True)
-            state = {"multiplier": self.policy_loss.multiplier.value, "step": th.tensor(self._step)}
+            multiplier = self.policy_loss.multiplier.value
+            state = {"multiplier": multiplier, "step": th.tensor(self._step), "order": self._order}
             for kind, batches in (("replay", self.replay), ("buffered", self._buffered_inputs or ())):
                 for i, batch in enumerate(batches):
                     state |= {f"{kind}/{i}/{name}": v for name, v in batch.items() if isinstance(v, th.Tensor)}
@@ -327,7 +332,7 @@ class R2VPOTrainer(GRPOTrainer):
         batches: dict[str, dict[int, Batch]] = {"replay": {}, "buffered": {}}
         state = load_file(path)
         self.policy_loss.multiplier.set_value(state.pop("multiplier").to(self.accelerator.device))
-        self._step = int(state.pop("step"))
+        self._step, self._order = int(state.pop("step")), state.pop("order")
         for name, value in state.items():
             kind, index, key = name.split("/", 2)
             batches[kind].setdefault(int(index), {})[key] = value
