@@ -85,7 +85,7 @@ PLACES = {
     "reward": (r"reward in environment 1 is {}, at step 13 of the rollout \(num_timesteps=90 before it\)"),
     "observation": r"observation\[1\] in environment 1 is {}, at step 13 of the rollout \(num_timesteps=90 before it\)",
     "terminal observation": r"terminal observation\[1\] in environment 1 is {}, at step 16 .*num_timesteps=96",
-    "reset": r"observation\[1\] in environment 1 is {}, at step 16 .*num_timesteps=96 before it\), as the first one of an episode",
+    "reset": r"observation\[1\] in environment 1 is {}, at step 16 .*num_timesteps=96 before it\), as the first one",
 }
 
 
@@ -118,6 +118,7 @@ def test_a_bad_number_is_refused_before_it_acts(where: str, value: float, normal
     assert len(actions) == (46 if where in ("reward", "observation") else 49)
     assert np.isfinite(actions).all()
     # The model can be saved, and goes on where the environment does
+    inner.envs[1].unwrapped.where = ""
     model.save(tmp_path / "model")
     model.learn(64, reset_num_timesteps=False)
     assert weights(model).isfinite().all()
@@ -178,7 +179,7 @@ def test_a_wrapper_above_the_normalization_is_checked_too() -> None:
     assert [len(e.unwrapped.actions) for e in env.unwrapped.envs] == [1, 1]
 
 
-@pytest.mark.filterwarnings("error")
+@pytest.mark.filterwarnings("error", "ignore:The environment is already wrapped with a `Monitor`")
 def test_nobody_sees_the_checks(tmp_path) -> None:
     def make_env():
         return VecNormalize(VecMonitor(DummyVecEnv([lambda: Monitor(PoisonedEnv(VECTOR, ACTIONS))])))
@@ -200,7 +201,9 @@ def test_nobody_sees_the_checks(tmp_path) -> None:
             env.save(tmp_path / "normalization.pkl")
             return True
 
-    evaluation = EvalCallback(make_env(), n_eval_episodes=1, eval_freq=16, verbose=0)
+    # Its statistics are the training's, not its own
+    (eval_env := make_env()).training = False
+    evaluation = EvalCallback(eval_env, n_eval_episodes=1, eval_freq=16, verbose=0)
     R2VPO("MlpPolicy", env, **SMALL).learn(64, callback=[Look(), evaluation])
     assert [env, env.venv, env.venv.venv] == chain
     assert chain[1].note == 64
@@ -241,9 +244,16 @@ def test_bad_actions_are_not_sent(value: float) -> None:
         return actions, values, log_prob
 
     model.policy.forward = bad_forward
-    with pytest.raises(ValueError, match=rf"action\[0\] in environment 1 is .*, at step 5 .*num_timesteps=10.*not sent"):
-        model.learn(64)
-    assert env.get_attr("steps") == [5, 5]
+    if math.isnan(value):
+        with pytest.raises(ValueError, match=r"action\[0\] in environment 1 is .*, at step 5 .*num_timesteps=10.*not sent"):
+            model.learn(64)
+        assert env.get_attr("steps") == [5, 5]
+    else:
+        # Clipped to the bound, as SB3 does; the rollout is not learned from
+        before = weights(model)
+        with pytest.raises(ValueError, match=r"rollout's actions have NaN or infinity: inf in environment 1, at step 5"):
+            model.learn(64)
+        assert th.equal(weights(model), before)
 
 
 @pytest.mark.parametrize("action_space", [spaces.Discrete(3), spaces.MultiDiscrete([2, 3]), spaces.MultiBinary(2)])
@@ -446,7 +456,9 @@ def test_numbers_are_checked(name: str, value) -> None:
         make(**{name: value})
 
 
-@pytest.mark.parametrize(("name", "value"), [("gamma", 1.01), ("gae_lambda", 2), ("vf_coef", math.inf), ("utd_ratio", 0), ("target_kl", 0.0)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "value"), [("gamma", 1.01), ("gae_lambda", 2), ("vf_coef", math.inf), ("utd_ratio", 0), ("target_kl", 0.0)]
+)
 def test_ranges_are_checked(name: str, value) -> None:
     with pytest.raises(ValueError, match=rf"`{name}` is"):
         make(**{name: value})
@@ -502,9 +514,19 @@ def test_numpys_numbers_are_numbers() -> None:
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("n_epochs", 0), ("batch_size", "16"), ("gamma", math.nan), ("ent_coef", math.nan), ("vf_coef", -1.0), ("target_kl", -1.0),
-     ("max_grad_norm", math.nan), ("clip_range_vf", "0.2"), ("noise_exponent", math.inf), ("var_coef", math.nan)],
-)  # fmt: skip
+    [
+        ("n_epochs", 0),
+        ("batch_size", "16"),
+        ("gamma", math.nan),
+        ("ent_coef", math.nan),
+        ("vf_coef", -1.0),
+        ("target_kl", -1.0),
+        ("max_grad_norm", math.nan),
+        ("clip_range_vf", "0.2"),
+        ("noise_exponent", math.inf),
+        ("var_coef", math.nan),
+    ],
+)
 def test_what_is_set_later_is_checked_before_anything_changes(name: str, value) -> None:
     model = make()
     model.learn(32)
@@ -529,9 +551,14 @@ def test_a_batch_of_one_is_refused_wherever_it_is_set(tmp_path) -> None:
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [((math.nan,), "`total_timesteps` is nan"), ((math.inf,), "`total_timesteps` is inf"), (("1e3",), "`total_timesteps` is '1e3'"),
-     ((32, None, 0), "`log_interval` is 0"), ((32, None, 1.5), "`log_interval` is 1.5")],
-)  # fmt: skip
+    [
+        ((math.nan,), "`total_timesteps` is nan"),
+        ((math.inf,), "`total_timesteps` is inf"),
+        (("1e3",), "`total_timesteps` is '1e3'"),
+        ((32, None, 0), "`log_interval` is 0"),
+        ((32, None, 1.5), "`log_interval` is 1.5"),
+    ],
+)
 def test_arguments_of_learn_are_checked(arguments, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make().learn(*arguments)

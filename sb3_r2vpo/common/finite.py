@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from sb3_r2vpo.common.collection import RolloutCollection
 
 #: What an update learns from; squares of all but log-probabilities are part of it
-ROLLOUT_FIELDS = ("rewards", "values", "log_probs", "advantages", "returns")
+#: Actions as well: SB3 clips them to the bounds before they are sent, infinite ones to finite ones
+ROLLOUT_FIELDS = ("actions", "rewards", "values", "log_probs", "advantages", "returns")
 
 _UNTOUCHED = "weights, multiplier, replay and normalization statistics are as before"
 _OVERFLOW = (
@@ -22,7 +23,7 @@ _OVERFLOW = (
     "checkpoint."
 )
 #: Of PyTorch's messages, as it draws from a categorical and from a Bernoulli distribution
-_IMPOSSIBLE_PROBABILITIES = ("probability tensor contains", "Expected p_in >= 0")
+_IMPOSSIBLE_PROBABILITIES = ("probability tensor contains", "Expected p_in >= 0", "Expected parameter logits")
 
 
 def _is_suspicious(value: Any) -> bool:
@@ -160,7 +161,7 @@ def checked(env: VecEnv, model: "RolloutCollection") -> Iterator[CheckedEnv]:
         for normalizer, venv in normalizers:
             normalizer.venv = CheckedEnv(venv, model)  # type: ignore[assignment]
         yield CheckedEnv(env, model)
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         if not any(text in str(error) for text in _IMPOSSIBLE_PROBABILITIES):
             raise
         obs: Any = model._last_obs
@@ -208,7 +209,7 @@ def refuse_nonfinite_rollout(model: "RolloutCollection") -> None:
         bad = ~np.isfinite(array)
         problem = "NaN or infinity"
         if not bad.any():
-            if name == "log_probs":
+            if name in ("actions", "log_probs"):
                 continue
             bad, problem = np.abs(array) >= np.abs(array).max(), "numbers whose squares overflow"
         first = np.argwhere(bad)[0].tolist()
