@@ -366,7 +366,12 @@ class Still(ActorCriticPolicy):
 @pytest.mark.parametrize(
     ("policy", "env_id", "settings", "message"),
     [
-        ("MlpPolicy", "Pendulum-v1", {"noise_exponent": -0.5}, "`noise_exponent` is -0.5; it must be finite and not negative"),
+        (
+            "MlpPolicy",
+            "Pendulum-v1",
+            {"noise_exponent": -0.5},
+            "`noise_exponent` is -0.5; it must be a finite number",
+        ),
         ("MlpPolicy", "Pendulum-v1", {"noise_exponent": math.nan}, "`noise_exponent` is nan"),
         ("MlpPolicy", "Pendulum-v1", {"noise_exponent": "pink"}, "`noise_exponent` is 'pink'; .* or 'auto'"),
         ("MlpPolicy", "CartPole-v1", {"noise_exponent": "auto"}, "with continuous actions"),

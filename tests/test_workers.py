@@ -11,6 +11,7 @@ import textwrap
 import threading
 import time
 import warnings
+from functools import partial
 from pathlib import Path
 
 import gymnasium as gym
@@ -335,7 +336,9 @@ def script(tmp_path: Path, body: str, method: str = "fork", sleep: float = 0.01)
     path = tmp_path / "script.py"
     path.write_text(SCRIPT.format(body=textwrap.indent(textwrap.dedent(body), "    ").strip(), method=method, sleep=sleep))
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    process = subprocess.Popen([sys.executable, str(path)], **pipes, start_new_session=True, cwd=tmp_path)
+    # A shell starts its background jobs, of which these tests may be one, with an interrupt that they and theirs ignore
+    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = subprocess.Popen([sys.executable, str(path)], **pipes, start_new_session=True, cwd=tmp_path, preexec_fn=heed)
     pids = [int(word) for word in process.stdout.readline().split()]
     assert len(pids) == 3, process.stderr.read()
     return process, pids

@@ -188,7 +188,7 @@ def test_a_failing_environment_leaves_the_model(failing, algo, failure, error, m
     run = Path("logs", algo, f"{failing}_1")
     if algo == "ppo" and failure == "nan":
         # SB3 notices once the weights are lost: nothing to save
-        with pytest.raises(ValueError, match="to satisfy the constraint"):
+        with pytest.raises((ValueError, RuntimeError), match=r"to satisfy the constraint|probability tensor contains"):
             main(train)
         assert not (run / f"{failing}.zip").is_file()
         return

@@ -136,7 +136,7 @@ class Running(ZooExperimentManager):
                     self.ended_by = received.number
             except KeyboardInterrupt:
                 # Ctrl-C ends training early
-                pass
+                self.ended_by = self.ended_by or signal.SIGINT
             except SystemExit:
                 # SIGTERM, before there was anything to save
                 self._close(model)
