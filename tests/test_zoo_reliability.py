@@ -526,7 +526,9 @@ def test_trial_of_a_killed_worker_runs_again(storage):
 
 @pytest.mark.slow
 def test_two_workers_on_a_new_database():
-    workers = [start(*TUNE, "--storage", "sqlite:///new.db", "-n", "64", "--n-trials", "1") for _ in range(2)]
+    # With the settings' networks: those that a sampler draws may be large
+    few = ["-n", "64", "--n-trials", "1", "--only", "var_coef"]
+    workers = [start(*TUNE, "--storage", "sqlite:///new.db", *few) for _ in range(2)]
     assert [worker.wait(timeout=120) for worker in workers] == [0, 0]
     trials = optuna.load_study(study_name="s", storage="sqlite:///new.db").trials
     assert [trial.state for trial in trials] == 2 * [TrialState.COMPLETE]
