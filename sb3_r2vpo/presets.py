@@ -40,6 +40,7 @@ def dm_control() -> dict[str, Any]:
         "critic_kwargs": {"n_rollouts": 2, "n_epochs": 15, "gae_lambda": 0.99, "std_scaled_learning_rate": True},
         "ent_coef": _to_zero(0.01),
         "noise_exponent": "auto",
+        "var_coef": "auto",
         "objective_kwargs": {"min_var_coef": 0.3},
     }
 

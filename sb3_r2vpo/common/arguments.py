@@ -1,6 +1,7 @@
 """What the arguments stand for: loss, critic, noise and replay, made of what has been checked."""
 
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -116,6 +117,14 @@ class Arguments(OnPolicyAlgorithm):
                 options[name] = number_or_schedule(name, value)
         if not isinstance(self.objective, str):
             raise ValueError(f"`objective` is {self.objective!r}; it must be a name, such as 'r2vpo'.")
+        unused = sorted({"dual_learning_rate", "min_var_coef"} & set(options))
+        unused += ["target_variance"] if self.target_variance != "auto" else []
+        if unused and self.objective.startswith("r2vpo") and not isinstance(var_coef, str):
+            warnings.warn(
+                f"{', '.join(unused)} has no effect, as var_coef={var_coef!r} fixes the multiplier: pass var_coef='auto' to "
+                "have it adapted.",
+                stacklevel=2,
+            )
         policy_loss = make_policy_loss(self.objective, var_coef, target_variance, n_actions, options)
         if "policy_loss" in self._made and self._made["policy_loss"][1] == self.var_coef:
             # An adaptive multiplier goes on from its value

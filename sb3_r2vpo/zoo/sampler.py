@@ -129,6 +129,9 @@ def convert_r2vpo_params(sampled_params: dict[str, Any]) -> dict[str, Any]:
         initial_var_coef = hyperparams.pop("initial_var_coef")
         is_adaptive = hyperparams.pop("multiplier") == "adaptive"
         hyperparams["var_coef"] = f"auto_{initial_var_coef}" if is_adaptive else initial_var_coef
+        if not is_adaptive:
+            for name in CONSTRAINT[1:]:
+                hyperparams.pop(name, None)
     for name in ("n_steps", "batch_size"):
         if f"{name}_pow" in hyperparams:
             hyperparams[name] = 2 ** hyperparams.pop(f"{name}_pow")
