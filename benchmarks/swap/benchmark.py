@@ -43,7 +43,14 @@ from stable_baselines3.common.utils import safe_mean
 from stable_baselines3.common.vec_env import DummyVecEnv
 
 RESULTS = Path(__file__).parent / "results"
-METHODS = ("ppo", "r2vpo", "r2vpo_off")
+#: The three that are compared, and R2VPO with the multiplier that was its default before
+METHODS: dict[str, dict[str, Any]] = {
+    "ppo": {},
+    "r2vpo": {},
+    "r2vpo_off": {},
+    "r2vpo_adaptive": {"var_coef": "auto"},
+}
+COMPARED = ("ppo", "r2vpo", "r2vpo_off")
 #: Environment steps of each task, cheap tasks first
 TASKS = {
     "CartPole-v1": 60_000,
@@ -89,7 +96,7 @@ def algorithm(method: str) -> type[OnPolicyAlgorithm]:
         return PPO
     import sb3_r2vpo
 
-    return {"r2vpo": sb3_r2vpo.R2VPO, "r2vpo_off": sb3_r2vpo.R2VPOOff}[method]
+    return sb3_r2vpo.R2VPOOff if method == "r2vpo_off" else sb3_r2vpo.R2VPO
 
 
 def make_env(task: str) -> gym.Env:
@@ -182,14 +189,14 @@ def processor() -> str:
 
 def train(run: Run, n_timesteps: int) -> tuple[list[Row], Row]:
     """
-    Train once with the default arguments, on one thread.
+    Train once on one thread, with the default arguments but for those of the method.
 
     :return: A row for each evaluation, and one for the run
     """
     th.set_num_threads(1)
     make_model = algorithm(run.method)
     versions = package_versions(run.method)
-    model = make_model("MlpPolicy", make_env(run.task), seed=run.seed, device="cpu")
+    model = make_model("MlpPolicy", make_env(run.task), seed=run.seed, device="cpu", **METHODS[run.method])
     evaluations = Evaluations(run, n_timesteps)
     start = clocks()
     model.learn(n_timesteps, callback=evaluations)
@@ -318,7 +325,7 @@ def status(methods: Iterable[str], tasks: Iterable[str], n_seeds: int) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=["run", "status"])
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=COMPARED)
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), metavar="TASK")
     parser.add_argument("--seeds", type=int, choices=range(1, len(SEEDS) + 1), default=len(SEEDS), help="number of seeds")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, one thread each")
