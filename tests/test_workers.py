@@ -550,10 +550,12 @@ def test_too_many_restarts(tmp_path: Path, monkeypatch) -> None:
     pids = pids_of(env)
     with pytest.warns(UserWarning, match=ANEW):
         assert [env.step(STEP)[2][1] for _ in range(2)] == [True, True]
+    pids += pids_of(env)
     with pytest.raises(WorkerError, match="boom"):
         env.step(STEP)
     assert env.n_restarts == 2
-    assert_end(pids + pids_of(env), 0)
+    assert not env.processes
+    assert_end(pids, 0)
     # Those of more than an hour ago are forgotten
     monkeypatch.setattr(worker_module, "RESTART_WINDOW", 0.0)
     env = restarting(tmp_path, once=None, window=(1, math.inf), max_restarts=2)

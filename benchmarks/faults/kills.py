@@ -12,6 +12,7 @@ import argparse
 import csv
 import hashlib
 import json
+import multiprocessing as mp
 import os
 import random
 import shutil
@@ -20,6 +21,7 @@ import sys
 import tempfile
 import time
 from importlib.metadata import version
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -155,8 +157,8 @@ def kill_training(case: str, n_kills: int, n_timesteps: int, every: float = 1.0)
     return _row(case, kills, resumed, results[0] == results[1], begin)
 
 
-def save_again_and_again(folder: Path) -> None:
-    """Save checkpoints until killed."""
+def save_again_and_again(folder: str, started: Connection) -> None:
+    """Save checkpoints until killed; send whether it goes on from one."""
     from stable_baselines3.common.env_util import make_vec_env
 
     from sb3_r2vpo import R2VPOOff
@@ -164,10 +166,10 @@ def save_again_and_again(folder: Path) -> None:
 
     goes_on = bool(list_checkpoints(folder))
     env = make_vec_env("CartPole-v1", n_envs=2, seed=0)
-    # Large enough that most of the time is that of writing
-    options: dict[str, Any] = {"n_steps": 16, "batch_size": 16, "n_epochs": 1, "policy_kwargs": {"net_arch": [512, 512]}}
+    # Most of the time is that of writing
+    options: dict[str, Any] = {"n_steps": 4, "batch_size": 8, "n_epochs": 1, "policy_kwargs": {"net_arch": [256, 256]}}
     model = resume(folder, env) if goes_on else R2VPOOff("MlpPolicy", env, **options)
-    print("resumed" if goes_on else "begun", flush=True)
+    started.send(goes_on)
     steps = remaining_timesteps(model) if goes_on else 10**6
     model.learn(steps, callback=CheckpointCallback(folder, save_freq=1, every=None), reset_num_timesteps=not goes_on)
 
@@ -178,24 +180,41 @@ def kill_saving(n_kills: int) -> dict[str, Any]:
     :return: A row; ``resumed`` counts the starts that could go on from a checkpoint, all but the first, and ``equal`` says
         that each time the newest checkpoint was whole
     """
+    # All that the forked processes import: it would take most of their time
+    import torch as th
+    from stable_baselines3.common.env_util import make_vec_env  # noqa: F401
+
+    from sb3_r2vpo import R2VPOOff  # noqa: F401
     from sb3_r2vpo.common.checkpoint import list_checkpoints, newest_readable
 
-    begin, generator = time.monotonic(), random.Random("save")
+    th.set_num_threads(1)
+    begin, generator, context = time.monotonic(), random.Random("save"), mp.get_context("fork")
     starts = resumed = inside = whole = 0
     with tempfile.TemporaryDirectory() as name:
+
+        def parts() -> set[Path]:
+            return set(Path(name).glob(".checkpoint*.partial"))
+
         while inside < n_kills:
-            starts += 1
-            command = [sys.executable, __file__, "--save", name]
-            process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-            assert process.stdout is not None
-            resumed += process.stdout.readline() == "resumed\n"
-            before = list_checkpoints(name)[-1:]
-            while list_checkpoints(name)[-1:] == before:
+            starts, left = starts + 1, parts()
+            receiver, sender = context.Pipe(duplex=False)
+            process = context.Process(target=save_again_and_again, args=(name, sender))
+            process.start()
+            sender.close()
+            resumed += receiver.recv()
+            # The first save shows how long one takes, the second is broken off
+            while not (first := parts() - left):
                 time.sleep(0.001)
-            time.sleep(generator.uniform(0, 0.2))
+            start = time.monotonic()
+            while parts() & first:
+                time.sleep(0.001)
+            duration = time.monotonic() - start
+            while not (second := parts() - left - first):
+                time.sleep(0.001)
+            time.sleep(generator.uniform(0, duration))
             process.kill()
-            process.wait()
-            inside += any(Path(name).glob(".*.partial"))
+            process.join()
+            inside += bool(parts() & second)
             whole += newest_readable(name) == list_checkpoints(name)[-1]
     return _row("inside of saving", inside, resumed, whole == starts and resumed == starts - 1, begin)
 
@@ -213,14 +232,10 @@ def main() -> None:
     parser.add_argument("--case", choices=[*STEPS, "save"], action="append", help="all by default")
     parser.add_argument("--kills", type=int, default=20, help="of each training")
     parser.add_argument("--train", nargs=5, help=argparse.SUPPRESS)
-    parser.add_argument("--save", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.train is not None:
         case, folder, n_timesteps, every, base = options.train
         train(case, Path(folder), int(n_timesteps), float(every) or None, Path(base))
-        return
-    if options.save is not None:
-        save_again_and_again(options.save)
         return
     rows = list(csv.DictReader(RESULTS.open())) if RESULTS.exists() else []
     for case in options.case or [*STEPS, "save"]:

@@ -10,6 +10,7 @@ Writes `results/faults.csv` and the tables of `README.md`. Exit status 1 if some
 
 import argparse
 import csv
+import json
 import os
 import platform
 import sys
@@ -168,6 +169,16 @@ def write_readme(rows: list[dict[str, str]]) -> None:
         with kills.open() as file:
             lines = [[line["case"], line["kills"], line["resumed"], line["equal"]] for line in csv.DictReader(file)]
         tables["kills"] = [["training", "SIGKILLs", "resumed", "weights equal, or checkpoint readable"], *lines]
+    costs, soak = RESULTS.with_name("costs.csv"), RESULTS.with_name("soak.json")
+    if costs.exists():
+        with costs.open() as file:
+            tables["costs"] = [["measured", "value"], *([line["measured"], line["value"]] for line in csv.DictReader(file))]
+    if soak.exists():
+        verdict = json.loads(soak.read_text())
+        measured = {name: value for name, value in verdict.items() if isinstance(value, dict)}
+        columns = list(next(iter(measured.values())))
+        lines = [[name, *(str(value[column]) for column in columns)] for name, value in measured.items()]
+        tables["soak"] = [[f"minutes {verdict['looked at from minute']} to {verdict['minutes']}", *columns], *lines]
     write_tables(FOLDER / "README.md", tables)
 
 
@@ -176,6 +187,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--fast", action="store_true")
     parser.add_argument("--fault", choices=FAULTS, action="append")
     parser.add_argument("--list", action="store_true")
+    parser.add_argument("--readme", action="store_true", help="inject nothing, write the tables of the results that are there")
     options = parser.parse_args(arguments)
     if options.list:
         print(*FAULTS, sep="\n")
@@ -185,6 +197,9 @@ def main(arguments: list[str] | None = None) -> int:
     if RESULTS.exists():
         with RESULTS.open() as file:
             earlier = {line["fault"]: line for line in csv.DictReader(file)}
+    if options.readme:
+        write_readme(list(earlier.values()))
+        return 0
     rows = {}
     for name in options.fault or FAULTS:
         rows[name] = row(name, options.fast)

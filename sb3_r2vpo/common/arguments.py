@@ -11,7 +11,14 @@ from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.preprocessing import get_action_dim
 from stable_baselines3.common.type_aliases import Schedule
 
-from sb3_r2vpo.common.checks import check_arguments, check_batch_size, check_flag, evaluate_argument, number_or_schedule
+from sb3_r2vpo.common.checks import (
+    check_arguments,
+    check_batch_size,
+    check_flag,
+    check_spaces,
+    evaluate_argument,
+    number_or_schedule,
+)
 from sb3_r2vpo.common.critic import Critic, make_critic
 from sb3_r2vpo.common.exploration import CorrelatedNoise
 from sb3_r2vpo.common.rollout import RolloutReplayBuffer
@@ -97,6 +104,16 @@ class Arguments(OnPolicyAlgorithm):
                 f"`{type(self).__name__}(...).policy.load_state_dict(PPO.load(path).policy.state_dict())`."
             )
         check_arguments(self)
+        # A language model's have a start of their own; without an environment, there are none yet
+        if hasattr(self, "action_space") and not hasattr(self.action_space, "rollout_buffer_class"):
+            flattens = "features_extractor_class" not in (self.policy_kwargs or {})
+            check_spaces(self.observation_space, self.action_space, flattens)
+        buffer = getattr(self, "rollout_buffer", None)
+        if buffer is not None and buffer.buffer_size != self.n_steps:
+            raise ValueError(
+                f"`n_steps` is {self.n_steps}, but the rollout buffer was made for {buffer.buffer_size} steps, and would be "
+                "trained on with old ones. Set it where the model is made or loaded: `load(path, env=env, n_steps=...)`."
+            )
         if hasattr(self, "n_envs"):
             check_batch_size(self.batch_size, self.n_steps, self.n_envs, self.normalize_advantage, warn=False)
 

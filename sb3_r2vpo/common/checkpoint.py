@@ -15,9 +15,8 @@ the start of a rollout. The versions of packages, the number of PyTorch's thread
 sides. Of the log, ``time/iterations`` begins anew, and with it the counting of ``log_interval``.
 """
 
-import os
+import math
 import re
-import shutil
 import signal
 import time
 import warnings
@@ -36,8 +35,8 @@ from stable_baselines3.common.type_aliases import GymEnv
 
 import sb3_r2vpo
 from sb3_r2vpo.common.archive import CorruptFileError, decode_section, read_sections, write_archive
-from sb3_r2vpo.common.checks import check_whole_number
-from sb3_r2vpo.common.saving import ReplaySaving
+from sb3_r2vpo.common.checks import check_flag, check_positive, check_whole_number
+from sb3_r2vpo.common.saving import ReplaySaving, replace_by_copy
 from sb3_r2vpo.common.signals import delayed_signals, handled_signals
 from sb3_r2vpo.common.training_state import get_companions, get_training_state, set_companions, set_training_state
 
@@ -127,8 +126,10 @@ def resume(
     :return: The model, with its environments where they were. If their state could not be saved, a warning says so, and
         training goes on from their reset; all else is exact.
     :raises FileNotFoundError: There is no such file, or no readable checkpoint in the folder.
-    :raises ValueError: The file is torn, or no checkpoint, or the environments are not those of the training.
+    :raises ValueError: The file is torn, or no checkpoint, or the environments are none, or not those of the training.
     """
+    if env is None:
+        raise ValueError("`env` is None: a training goes on in environments. Make them as for the training, or use `load`.")
     path = Path(path)
     if path.is_dir():
         found = next(_readable(path), None)
@@ -183,7 +184,8 @@ class CheckpointCallback(BaseCallback):
     :param keep_best: Whether to keep, besides, the one with the highest mean return of recent episodes, those of
         ``ep_info_buffer``, as ``best_checkpoint.zip``
     :param verbose: 1 prints the path of each checkpoint
-    :raises ValueError: A number is out of its range. When training starts: it begins at zero, but the folder has checkpoints.
+    :raises ValueError: An argument is out of its range. When training starts: it begins at zero, and the folder has some.
+    :raises OSError: When training starts: the folder can't be made.
     """
 
     def __init__(
@@ -199,8 +201,9 @@ class CheckpointCallback(BaseCallback):
         check_whole_number("keep", keep)
         if save_freq is not None:
             check_whole_number("save_freq", save_freq)
-        if every is not None and not every > 0:
-            raise ValueError(f"`every` is {every}; it must be a positive number of seconds, or None.")
+        if every is not None:
+            check_positive("every", every, ", in seconds, or None", math.inf)
+        check_flag("keep_best", keep_best)
         self.folder, self.save_freq, self.every, self.keep, self.keep_best = Path(folder), save_freq, every, keep, keep_best
         self.best_mean_return = -np.inf
         #: The last file that was written
@@ -225,6 +228,8 @@ class CheckpointCallback(BaseCallback):
                 f"{self.folder} has checkpoints of another training: `resume` goes on from them; take another folder to begin "
                 "a new one."
             )
+        # A folder that can't be is an error now, not after the first hours
+        self.folder.mkdir(parents=True, exist_ok=True)
         reason = get_training_state(self.model)["env"]["not_captured"]
         if reason is not None:
             warnings.warn(
@@ -272,7 +277,7 @@ class CheckpointCallback(BaseCallback):
             self.last_path, self._last_steps, self._last_time = path, steps, time.monotonic()
             if is_best:
                 self.best_mean_return = mean_return
-                _replace_by_copy(path, self.folder / BEST)
+                replace_by_copy(path, self.folder / BEST)
             # Later ones are of a training that went on further, if they are not torn
             for old in [other for other in list_checkpoints(self.folder) if _number(other) <= steps][: -self.keep]:
                 old.unlink(missing_ok=True)
@@ -330,18 +335,6 @@ class CheckpointCallback(BaseCallback):
         except Exception as error:
             return f"The checkpoint could not be saved: {error} The last one is {self.last_path}."
         return f"Training up to this rollout is saved in {self.last_path}, from where `resume` goes on."
-
-
-def _replace_by_copy(source: Path, target: Path) -> None:
-    """A second name of a file, in the place of the file that had it."""
-    partial = target.with_name(f".{target.name}.partial")
-    partial.unlink(missing_ok=True)
-    try:
-        os.link(source, partial)
-    except OSError:
-        # A file system without links
-        shutil.copyfile(source, partial)
-    os.replace(partial, target)
 
 
 def _all_finite(model: Any) -> bool:

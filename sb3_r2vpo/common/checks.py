@@ -8,6 +8,7 @@ from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
+from gymnasium import spaces
 from stable_baselines3.common.utils import FloatSchedule
 
 from sb3_r2vpo.core.multiplier import Schedule, scheduled
@@ -49,10 +50,11 @@ def check_whole_number(name: str, value: Any, minimum: int = 1) -> int:
     :param value: Its value
     :param minimum: The least value that it may have
     :return: The value, as Python's own number
-    :raises ValueError: It is not a whole number of at least ``minimum``.
+    :raises ValueError: It is not a whole number of at least ``minimum``, or larger than lists can be.
     """
-    if not (is_number(value) and isinstance(value, Integral) and int(value) >= minimum):
-        raise ValueError(f"`{name}` is {value!r}; it must be a whole number, at least {minimum}.")
+    if not (is_number(value) and isinstance(value, Integral) and minimum <= int(value) <= sys.maxsize):
+        bound = f" and at most {sys.maxsize}" if is_number(value) and value > sys.maxsize else ""
+        raise ValueError(f"`{name}` is {value!r}; it must be a whole number, at least {minimum}{bound}.")
     return int(value)
 
 
@@ -164,6 +166,46 @@ def evaluate_argument(name: str, value: Any, progress_remaining: float) -> float
     return scheduled(number_or_schedule(name, value, SCHEDULES[name]), progress_remaining)
 
 
+def check_spaces(observation_space: spaces.Space, action_space: spaces.Space, flattens: bool = True) -> None:
+    """
+    Refuse spaces for which SB3 has no code, or sends actions that are not in them: SB3's PPO notices that late or never.
+
+    :param observation_space: The environment's
+    :param action_space: The environment's
+    :param flattens: Whether observations are flattened, as all of SB3's feature extractors do
+    :raises ValueError: One of the spaces is not supported; the message says how to convert it.
+    """
+    _check_space("action", action_space)
+    parts = observation_space.spaces if isinstance(observation_space, spaces.Dict) else {"": observation_space}
+    if not parts:
+        raise ValueError("The observation space is an empty Dict; there is nothing to learn from. Add a constant, if need be.")
+    for key, part in parts.items():
+        name = f"observation[{key!r}]" if key else "observation"
+        if not isinstance(part, spaces.Box | spaces.Discrete | spaces.MultiDiscrete | spaces.MultiBinary):
+            raise ValueError(
+                f"The {name} space is {part}, which SB3's networks do not take: flatten it, for instance by "
+                "`gymnasium.wrappers.FlattenObservation`."
+            )
+        _check_space(name, part)
+        if flattens and part.shape == () and isinstance(part, spaces.Box):
+            raise ValueError(
+                f"The {name} space is {part}, a number without a dimension: make it one of shape (1,), for instance by "
+                "`gymnasium.wrappers.FlattenObservation`."
+            )
+
+
+def _check_space(name: str, space: spaces.Space) -> None:
+    if np.any(getattr(space, "start", 0) != np.zeros(1)):
+        raise ValueError(
+            f"The {name} space is {space}; SB3's networks and actions count from 0. Shift it in a wrapper, such as "
+            f"`gymnasium.wrappers.Transform{'Action' if name == 'action' else 'Observation'}`."
+        )
+    if isinstance(space, spaces.MultiDiscrete) and space.nvec.ndim > 1:
+        raise ValueError(f"The {name} space has {space.nvec.ndim} dimensions, {space.nvec.tolist()}: flatten it in a wrapper.")
+    if 0 in (space.shape or ()):
+        raise ValueError(f"The {name} space is {space}, of shape {space.shape}: it holds no number.")
+
+
 def check_arguments(model: Any) -> None:
     """
     Check the arguments that need no other object, and turn NumPy's numbers into Python's, as PyTorch, ``deque`` and SB3's
@@ -177,6 +219,9 @@ def check_arguments(model: Any) -> None:
     for name in MAPPINGS:
         if not isinstance(value := getattr(model, name), Mapping | None):
             raise ValueError(f"`{name}` is {value!r}; it must be a dict, or None.")
+        for key in value or ():
+            if not isinstance(key, str):
+                raise ValueError(f"`{name}` has the key {key!r}; its keys must be names of options.")
     for name, number in _checked_numbers(model).items():
         if type(getattr(model, name)) is not type(number):
             setattr(model, name, number)

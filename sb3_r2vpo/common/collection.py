@@ -73,6 +73,9 @@ class RolloutCollection(Arguments):
                 finished = self._collect(checked_env, callback, rollout_buffer, n_rollout_steps, **kwargs)
         finally:
             self.noise.stop(self.policy)
+        # Of environments in processes that are started anew, see `WorkerVecEnv`, also beneath wrappers
+        if (n_restarts := getattr(env, "n_restarts", None)) is not None:
+            self.logger.record("rollout/env_restarts", n_restarts)
         if finished and len(self._timeouts) > 0:
             self._timeouts.values, self._timeouts.gamma = self._timeouts.predict(self.predict_values), self.gamma
         if finished and self.noise.adaptive:

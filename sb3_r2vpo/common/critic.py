@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch as th
+from gymnasium import spaces
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from torch.nn import functional as F
@@ -14,7 +15,7 @@ from torch.nn import functional as F
 from sb3_r2vpo.common.checks import check_flag, check_number, check_whole_number, is_number, number_or_schedule
 from sb3_r2vpo.common.finite import finite_minibatches
 from sb3_r2vpo.common.mlp import unchanging
-from sb3_r2vpo.common.policies import evaluate, regress_values
+from sb3_r2vpo.common.policies import evaluate, regress_values, stored_actions
 from sb3_r2vpo.common.rollout import Rollout, passes
 from sb3_r2vpo.core.batch import Minibatch
 from sb3_r2vpo.core.compilation import compiled
@@ -256,9 +257,12 @@ def critic_parameters(policy: ActorCriticPolicy) -> set[str]:
     obs, _ = policy.obs_to_tensor(observation)
     was_training = policy.training
     policy.set_training_mode(False)
-    actions = th.as_tensor(np.asarray(action), device=policy.device)[None]
+    # As rollout buffers store them
+    actions = th.as_tensor(np.asarray(action), device=policy.device).reshape(1, -1)
+    if isinstance(policy.action_space, spaces.Box | spaces.MultiBinary):
+        actions = actions.float()
     values = _names_with_gradients(policy, policy.predict_values(obs))
-    actor = _names_with_gradients(policy, evaluate(policy, obs, actions).log_prob)
+    actor = _names_with_gradients(policy, evaluate(policy, obs, stored_actions(policy.action_space, actions)).log_prob)
     policy.set_training_mode(was_training)
     if not values or values & actor:
         raise ValueError(

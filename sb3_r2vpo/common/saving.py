@@ -7,8 +7,11 @@ such values; ``trust=True`` reads whatever they hold, and runs the code in it.
 """
 
 import inspect
+import os
+import shutil
 from collections.abc import Iterable
 from functools import reduce
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch as th
@@ -24,7 +27,7 @@ from sb3_r2vpo.common.normalization import load_normalization, save_normalizatio
 from sb3_r2vpo.common.replay_file import fitting, read_replay
 from sb3_r2vpo.common.rollout import RolloutReplayBuffer
 
-__all__ = ["ReplaySaving", "load_normalization", "save_normalization"]
+__all__ = ["ReplaySaving", "load_normalization", "replace_by_copy", "save_normalization"]
 
 SelfAlgorithm = TypeVar("SelfAlgorithm", bound="ReplaySaving")
 
@@ -314,3 +317,21 @@ def _check_saved_by(cls: type, saved: SavedModel, data: dict[str, Any], given: s
         f"{where} was saved by {saved.saved_by}, not by {cls.__name__}: load it with {saved.saved_by}.load(). To go on from "
         "its weights, create a new model and copy them by `new.policy.load_state_dict(old.policy.state_dict())`."
     )
+
+
+def replace_by_copy(source: Path, target: Path) -> None:
+    """
+    Give a file a second name, in the place of the file that had it.
+
+    :param source: The file
+    :param target: The other name
+    :raises OSError: The disk is full, for instance. A file of that name is as before.
+    """
+    partial = target.with_name(f".{target.name}.partial")
+    partial.unlink(missing_ok=True)
+    try:
+        os.link(source, partial)
+    except OSError:
+        # A file system without links
+        shutil.copyfile(source, partial)
+    os.replace(partial, target)

@@ -172,6 +172,7 @@ class Worker:
             target=_run, args=arguments, daemon=True, name=f"environment-{self.index}"
         )
         self.first_start = self.first_start or time.time()
+        self.ended = False
         try:
             self.process.start()
         except (OSError, EOFError) as error:
@@ -334,7 +335,8 @@ def end_workers(workers: Sequence[Worker], grace: float | None = None) -> None:
     for worker in workers:
         worker.connection.close()
         worker.awaiting = False
-    processes = [worker.process for worker in workers if worker.process.pid is not None]
+    started = [worker for worker in workers if not worker.ended and worker.process.pid is not None]
+    processes = [worker.process for worker in started]
     first = GRACE if grace is None else grace
     for seconds, insist in ((first, BaseProcess.terminate), (1.0, BaseProcess.kill), (1.0, BaseProcess.kill)):
         deadline = time.monotonic() + seconds
@@ -343,3 +345,8 @@ def end_workers(workers: Sequence[Worker], grace: float | None = None) -> None:
         processes = [process for process in processes if process.is_alive()]
         for process in processes:
             insist(process)
+    for worker in started:
+        if not worker.process.is_alive():
+            # Its pipes are given back now, and not when garbage is collected at some time
+            worker.process.close()
+            worker.ended = True

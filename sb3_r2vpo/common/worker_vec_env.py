@@ -13,7 +13,7 @@ import numpy as np
 from stable_baselines3.common.vec_env import SubprocVecEnv, VecEnv, VecMonitor
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvStepReturn
 
-from sb3_r2vpo.common.checks import check_whole_number
+from sb3_r2vpo.common.checks import check_flag, check_whole_number, is_number
 from sb3_r2vpo.common.worker import Group, Worker, WorkerError, end_workers
 
 __all__ = ["WorkerError", "WorkerVecEnv", "WorkerVecMonitor"]
@@ -56,7 +56,7 @@ class WorkerVecEnv(SubprocVecEnv):
 
     .. attribute:: n_restarts
 
-        Number of restarts so far, of all environments
+        Number of restarts so far, of all environments; the algorithms of this package log it as `rollout/env_restarts`
     """
 
     def __init__(
@@ -70,8 +70,9 @@ class WorkerVecEnv(SubprocVecEnv):
     ) -> None:
         check_whole_number("max_restarts", max_restarts)
         for name, seconds in (("timeout", timeout), ("start_timeout", start_timeout)):
-            if seconds is not None and not 0 < seconds < 1e9:
+            if seconds is not None and not (is_number(seconds) and 0 < seconds < 1e9):
                 raise ValueError(f"`{name}` is {seconds!r}; it must be a positive number of seconds, or None for no limit.")
+        check_flag("restart", restart)
         if len(env_fns) == 0:
             raise ValueError("`env_fns` is empty; it must have a function for each environment.")
         pickled = [_pickled(index, env_fn) for index, env_fn in enumerate(env_fns)]
@@ -96,8 +97,8 @@ class WorkerVecEnv(SubprocVecEnv):
 
     @property
     def processes(self) -> list[BaseProcess]:  # type: ignore[override]
-        """The processes, one for each environment"""
-        return [worker.process for worker in self.remotes]
+        """The processes, one for each environment, without those that have been ended"""
+        return [worker.process for worker in self.remotes if not worker.ended]
 
     @property
     def n_restarts(self) -> int:
