@@ -54,7 +54,7 @@ def test_training_without_extras():
     assert result.returncode == 0, result.stderr
 
 
-@pytest.mark.parametrize("command", ["train", "enjoy", "tune", "record-video", "plot"])
+@pytest.mark.parametrize("command", ["train", "enjoy", "tune", "record-video", "plot", "export"])
 def test_the_command_line_names_its_extra(command):
     result = run_without(["zoo"], f"from sb3_r2vpo.zoo.cli import main\nmain([{command!r}, '--env', 'CartPole-v1'])")
     assert result.returncode == 1

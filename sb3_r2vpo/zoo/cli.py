@@ -6,6 +6,8 @@ commands:
   tune           r2vpo tune --env CartPole-v1 -n 50000 --n-trials 50
   record-video   r2vpo record-video --env CartPole-v1 -n 500
   plot           r2vpo plot logs/r2vpo logs/ppo
+  export         r2vpo export --env CartPole-v1 -o policy.onnx
+  doctor         r2vpo doctor                                        what is installed, and what is wrong with it
   llm            r2vpo llm train config.yml --folder logs/llm/run       language models, see `r2vpo llm --help`
 
 Options are the Zoo's: `r2vpo <command> --help` lists them, with more examples. Algorithms are r2vpo (the default), r2vpo_off
@@ -14,11 +16,24 @@ and all of the Zoo's; environments are Gymnasium's and the DeepMind Control Suit
 
 import argparse
 from collections.abc import Callable, Sequence
+from importlib import import_module
 
 from sb3_r2vpo import __version__
 
 #: With the extra of ``setup.cfg`` that each of them needs
-COMMANDS = {"train": "zoo", "enjoy": "zoo", "tune": "zoo", "record-video": "zoo", "plot": "zoo", "llm": "llm"}
+COMMANDS = {
+    **dict.fromkeys(("train", "enjoy", "tune", "record-video", "plot", "export"), "zoo"),
+    "doctor": "",
+    "llm": "llm",
+}
+
+#: Those that do without the Zoo, whose import takes seconds, and the modules with their ``main``
+MODULES = {
+    "plot": "sb3_r2vpo.zoo.plots",
+    "export": "sb3_r2vpo.zoo.exporting",
+    "doctor": "sb3_r2vpo.zoo.doctor",
+    "llm": "sb3_r2vpo.llm.cli",
+}
 
 
 def load(command: str) -> Callable[[Sequence[str]], None]:
@@ -29,10 +44,8 @@ def load(command: str) -> Callable[[Sequence[str]], None]:
     :return: The command, a function of its options
     :raises ModuleNotFoundError: A package is missing.
     """
-    if command == "llm":
-        from sb3_r2vpo.llm import cli
-
-        return cli.main
+    if command in MODULES:
+        return import_module(MODULES[command]).main
     from sb3_r2vpo.zoo import commands, register
 
     register()

@@ -3,6 +3,7 @@
 import argparse
 import importlib
 import inspect
+import os
 import runpy
 import sys
 from collections.abc import Callable, Sequence
@@ -15,7 +16,6 @@ from huggingface_sb3 import EnvironmentName
 
 from sb3_r2vpo.zoo.companions import matching_statistics, replaced
 from sb3_r2vpo.zoo.manager import ExperimentManager
-from sb3_r2vpo.zoo.plots import SOURCES, plot_learning_curves
 from sb3_r2vpo.zoo.resume import resumed_command
 from sb3_r2vpo.zoo.trust import code_free
 
@@ -115,9 +115,10 @@ def enjoy(arguments: Sequence[str]) -> None:
 
     The best model and checkpoints run with the normalization statistics saved with them. A run that was killed before it had
     such a model is passed over. The run's files are read as data; --trust lets them run code, for wrappers and policies of
-    your own, --gym-packages names their packages.
+    your own, --gym-packages names their packages. It takes a display, unless --no-render is given.
     """
     _refuse_masks("enjoy", arguments)
+    _refuse_no_display(arguments)
     trust, packages, others = _trusted(arguments)
     with code_free(trust, packages), matching_statistics():
         packages_options = ["--gym-packages", *packages] if packages else []
@@ -143,30 +144,6 @@ def record_video(arguments: Sequence[str]) -> None:
             # The Zoo's script has no such option
             importlib.import_module(package)
         _run_in_zoo("record-video", [*RECORD_VIDEO_DEFAULTS, *others], script)
-
-
-def plot(arguments: Sequence[str]) -> None:
-    """Draw learning curves of runs, as a PNG file.
-
-    examples:
-      r2vpo plot logs                                           each environment, algorithms compared, runs averaged
-      r2vpo plot logs/r2vpo/CartPole-v1_1 logs/ppo/CartPole-v1_1                         a curve for each of these
-      r2vpo plot logs --source eval -o evaluations.png
-
-    For tables, and metrics over many tasks: pip install 'sb3-r2vpo[plots]', then `rl_zoo3 all_plots` and `plot_from_file`.
-    """
-    parser = argparse.ArgumentParser(
-        prog="r2vpo plot", description=inspect.getdoc(plot), formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("folders", nargs="+", type=Path, help="runs, or folders with runs below them")
-    parser.add_argument("-o", "--output", type=Path, default=Path("learning_curve.png"), help="file to write (%(default)s)")
-    parser.add_argument("--source", choices=SOURCES, default="train", help="training episodes, or evaluations (%(default)s)")
-    parser.add_argument("-w", "--window", type=int, default=100, help="training episodes in the rolling mean (%(default)s)")
-    options = parser.parse_args(arguments)
-    if options.window < 1:
-        parser.error(f"--window is {options.window}; it must be at least 1")
-    plot_learning_curves(options.folders, options.source, options.window).savefig(options.output, dpi=150)
-    print(f"Wrote {options.output}")
 
 
 def _train(command: str, arguments: Sequence[str]) -> None:
@@ -234,6 +211,18 @@ def _refuse_masks(command: str, arguments: Sequence[str]) -> None:
         )
 
 
+def _refuse_no_display(arguments: Sequence[str]) -> None:
+    """GLFW, with which MuJoCo opens windows, aborts the process without one; pygame draws what nobody sees."""
+    if {"--no-render", "-h", "--help"} & {*arguments} or not sys.platform.startswith("linux"):
+        return
+    # Whoever has set SDL's driver has chosen where pygame draws
+    if not any(map(os.environ.get, ("DISPLAY", "WAYLAND_DISPLAY", "SDL_VIDEODRIVER"))):
+        sys.exit(
+            "r2vpo enjoy: there is no display, as neither DISPLAY nor WAYLAND_DISPLAY is set. Add --no-render to see the "
+            "returns only, or use `r2vpo record-video` with the same options."
+        )
+
+
 def _run_in_zoo(command: str, arguments: Sequence[str], script: Callable[[], object]) -> None:
     """Run one of the Zoo's scripts in this interpreter, where our algorithms are registered."""
     if not {"-h", "--help"}.isdisjoint(arguments):
@@ -247,5 +236,4 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "enjoy": enjoy,
     "tune": tune,
     "record-video": record_video,
-    "plot": plot,
 }

@@ -1,5 +1,6 @@
 """The Zoo's experiment manager: each method here calls the Zoo's own, and mends or adds one thing."""
 
+import math
 import os
 import sys
 import warnings
@@ -23,10 +24,13 @@ from stable_baselines3.common.vec_env import VecEnv, VecMonitor, VecNormalize
 
 from sb3_r2vpo.common.saving import load_normalization
 from sb3_r2vpo.common.worker_vec_env import WorkerVecEnv
+from sb3_r2vpo.envs.dm_control import MAX_EPISODE_STEPS
 from sb3_r2vpo.zoo.companions import find_companion, replaced
+from sb3_r2vpo.zoo.plots import CUT_OFF
 from sb3_r2vpo.zoo.running import Running
 from sb3_r2vpo.zoo.sampler import merged
 from sb3_r2vpo.zoo.settings import choose_num_threads, find_settings, resolve_activation, split_schedules
+from sb3_r2vpo.zoo.tensorboard import TensorBoardLayout
 from sb3_r2vpo.zoo.trust import check_settings
 from sb3_r2vpo.zoo.tuning import TuningManager
 
@@ -133,6 +137,7 @@ class ExperimentManager(Running, TuningManager):
         while True:
             with suppress(FileExistsError):
                 os.makedirs(self.save_path)
+                self.made_folder = self.save_path
                 break
             run_id = get_latest_run_id(self.log_path, self.env_name) + 1
             self.save_path = os.path.join(self.log_path, f"{self.env_name}_{run_id}")
@@ -143,6 +148,8 @@ class ExperimentManager(Running, TuningManager):
         is_masked = self.algo == "r2vpo_mask"
         with replaced(rl_zoo3.exp_manager, EvalCallback=MaskableEvalCallback if is_masked else EvalCallback):
             super().create_callbacks()
+        if self.tensorboard_log is not None and self.algo.startswith("r2vpo"):
+            self.callbacks.append(TensorBoardLayout())
         # The Zoo overwrites the best model's statistics with the final ones, and saves none with checkpoints
         for callback in self.callbacks:
             if isinstance(callback, CheckpointCallback):
@@ -241,7 +248,11 @@ def make_envpool(
         # so that evaluations get the wrapper that training needs for its file
         warnings.filterwarnings("ignore", message="The environment is already wrapped with a `Monitor`")
         env = EnvPoolVecEnv(env_id, len(env_fns), seed=seed, stagger=stagger)
-        monitor = VecMonitor(env, filename=None if append else monitor_path)
-    if append and monitor_path is not None:
-        monitor.results_writer = ResultsWriter(monitor_path, override_existing=False)
+        monitor = VecMonitor(env)
+    if monitor_path is not None:
+        header: dict[str, Any] = {"t_start": monitor.t_start, "env_id": env_id}
+        if stagger:
+            # Their returns are no episode's; as EnvPoolVecEnv spreads them
+            header[CUT_OFF] = [math.ceil(i * MAX_EPISODE_STEPS / env.num_envs) for i in range(1, env.num_envs)]
+        monitor.results_writer = ResultsWriter(monitor_path, header, override_existing=not append)
     return monitor

@@ -1,27 +1,64 @@
-"""Learning curves of training runs, and plots of tuning studies, as PNG files; matplotlib is all they need."""
+"""``r2vpo plot``: learning curves of training runs as PNG files; matplotlib is all they need."""
 
+import argparse
+import inspect
 import json
 import os
 import re
-import warnings
+from collections.abc import Sequence
+from itertools import cycle
 from pathlib import Path
 
 import numpy as np
-import optuna
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
-from optuna.importance import PedAnovaImportanceEvaluator
-from optuna.visualization import matplotlib as optuna_plots
 
 #: Where a run's returns are: SB3's ``Monitor`` files of its training episodes, ``EvalCallback``'s file of its evaluations.
 SOURCES = {"train": "*monitor.csv", "eval": "evaluations.npz"}
 
+#: In the header of a run's monitor file: the lengths at which first episodes were cut off
+CUT_OFF = "cut_off"
+
 #: Points of the curve that averages several runs.
 N_GRID_POINTS = 200
 
+#: How often runs are drawn for an interval, and the share of the means that it holds
+N_RESAMPLES, CONFIDENCE = 2000, 0.95
+
+#: Told apart with any colour vision (Okabe and Ito, https://jfly.uni-koeln.de/color/), without the yellow, which white hides
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
+STYLES = tuple((colour, style) for style in ("-", "--", ":", "-.") for colour in COLOURS)
+
 Curve = tuple[np.ndarray, np.ndarray]
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Draw learning curves of runs, as a PNG file.
+
+    examples:
+      r2vpo plot logs                                           each environment, algorithms compared, runs averaged
+      r2vpo plot logs/r2vpo/CartPole-v1_1 logs/ppo/CartPole-v1_1                         a curve for each of these
+      r2vpo plot logs --source eval -o evaluations.png
+
+    The band around the mean of several runs is its 95% bootstrap interval over runs. Episodes that EnvPool has cut off, to
+    spread its environments over all phases of an episode, are left out.
+
+    For tables, and metrics over many tasks: pip install 'sb3-r2vpo[plots]', then `rl_zoo3 all_plots` and `plot_from_file`.
+    """
+    parser = argparse.ArgumentParser(
+        prog="r2vpo plot", description=inspect.getdoc(main), formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folders", nargs="+", type=Path, help="runs, or folders with runs below them")
+    parser.add_argument("-o", "--output", type=Path, default=Path("learning_curve.png"), help="file to write (%(default)s)")
+    parser.add_argument("--source", choices=SOURCES, default="train", help="training episodes, or evaluations (%(default)s)")
+    parser.add_argument("-w", "--window", type=int, default=100, help="training episodes in the rolling mean (%(default)s)")
+    options = parser.parse_args(arguments)
+    if options.window < 1:
+        parser.error(f"--window is {options.window}; it must be at least 1")
+    plot_learning_curves(options.folders, options.source, options.window).savefig(options.output, dpi=150)
+    print(f"Wrote {options.output}")
 
 
 def read_training_curve(run: Path, window: int) -> Curve:
@@ -30,22 +67,34 @@ def read_training_curve(run: Path, window: int) -> Curve:
 
     :param run: Folder with ``Monitor`` files, one for each environment
     :param window: Number of episodes of the rolling mean; as many as there are, in the beginning
-    :return: Steps in all environments, and the mean return
+    :return: Steps in all environments, and the mean return, at the end of each episode that was not cut off
     """
-    episodes = []
+    episodes: list[tuple[float, float, float, bool]] = []
     for file in run.glob(SOURCES["train"]):
-        header, _, *rows = file.read_text().splitlines()
-        t_start = json.loads(header.removeprefix("#"))["t_start"]
-        for row in rows:
-            episode_return, length, seconds = map(float, row.split(",")[:3])
-            episodes.append((t_start + seconds, length, episode_return))
+        episodes += _read_monitor(file)
     if not episodes:
         return np.zeros(0), np.zeros(0)
-    _, lengths, returns = np.array(sorted(episodes)).T
+    _, lengths, returns, whole = np.array(sorted(episodes)).T
+    counted = whole.astype(bool)
+    steps, returns = lengths.cumsum()[counted], returns[counted]
     ends = np.arange(1, len(returns) + 1)
     starts = np.maximum(ends - window, 0)
     totals = np.concatenate([[0.0], returns.cumsum()])
-    return lengths.cumsum(), (totals[ends] - totals[starts]) / (ends - starts)
+    return steps, (totals[ends] - totals[starts]) / (ends - starts)
+
+
+def _read_monitor(file: Path) -> list[tuple[float, float, float, bool]]:
+    """:return: Of each episode when it ended, its length, its return, and whether it was not cut off"""
+    # A run that was killed leaves a torn last line, or nothing
+    lines = [line for line in file.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    if len(lines) < 2:
+        return []
+    header = json.loads(lines[0].removeprefix("#"))
+    episodes = []
+    for row in lines[2:]:
+        episode_return, length, seconds = map(float, row.split(",")[:3])
+        episodes.append((header["t_start"] + seconds, length, episode_return, length not in header.get(CUT_OFF, ())))
+    return episodes
 
 
 def read_evaluation_curve(run: Path) -> Curve:
@@ -85,12 +134,14 @@ def find_runs(folders: list[Path], pattern: str) -> dict[str, dict[Path, list[Pa
     return plots
 
 
-def average(curves: list[Curve]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def average(curves: list[Curve]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """
-    The mean and the standard deviation of several curves, at each step over those that have come that far.
+    The mean of several curves, at each step over those that have come that far, and its bootstrap interval: runs are drawn
+    again and again from these, with replacement, and 95% of their means lie within (Efron's percentile interval; with few
+    runs it is too narrow, see Agarwal et al., https://arxiv.org/abs/2108.13264).
 
     :param curves: Steps and returns of each
-    :return: Steps, mean, standard deviation
+    :return: Steps, mean, and the interval's lower and upper end
     """
     start, end = min(steps[0] for steps, _ in curves), max(steps[-1] for steps, _ in curves)
     grid = np.linspace(start, end, N_GRID_POINTS)
@@ -98,7 +149,17 @@ def average(curves: list[Curve]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     # Runs of very different lengths may leave a gap between them
     covered = ~np.isnan(returns).all(axis=0)
     returns = returns[:, covered]
-    return grid[covered], np.nanmean(returns, axis=0), np.nanstd(returns, axis=0)
+    mean = np.nanmean(returns, axis=0)
+    interval = np.stack([mean, mean])
+    random = np.random.default_rng(0)
+    present = ~np.isnan(returns)
+    for runs in np.unique(present, axis=1).T:
+        n_runs = int(runs.sum())
+        columns = (present == runs[:, None]).all(axis=0)
+        draws = random.integers(n_runs, size=(N_RESAMPLES, n_runs))
+        means = returns[np.ix_(runs, columns)][draws].mean(axis=1)
+        interval[:, columns] = np.quantile(means, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2], axis=0)
+    return grid[covered], mean, *interval
 
 
 def plot_learning_curves(folders: list[Path], source: str = "train", window: int = 100) -> Figure:
@@ -119,11 +180,11 @@ def plot_learning_curves(folders: list[Path], source: str = "train", window: int
     )
     common = Path(os.path.commonpath([curve.parent for curves in plots.values() for curve in curves]))
     for ax, (environment, groups) in zip(axes.flat, plots.items(), strict=False):
-        for name, runs in groups.items():
+        for (name, runs), style in zip(groups.items(), cycle(STYLES), strict=False):
             curves = [read_training_curve(run, window) if source == "train" else read_evaluation_curve(run) for run in runs]
-            _draw(ax, [curve for curve in curves if len(curve[0]) > 0], label=str(name.relative_to(common)))
+            _draw(ax, [curve for curve in curves if len(curve[0]) > 0], str(name.relative_to(common)), *style)
         if not ax.lines:
-            raise ValueError(f"No episode has ended yet in the runs on {environment}.")
+            raise ValueError(f"No episode has ended yet in the runs on {environment}, or none that was not cut off.")
         ax.set_title(environment)
         ax.set_xlabel("Steps in all environments")
         ax.xaxis.set_major_formatter(EngFormatter(sep=""))
@@ -135,37 +196,11 @@ def plot_learning_curves(folders: list[Path], source: str = "train", window: int
     return figure
 
 
-def _draw(ax: Axes, curves: list[Curve], label: str) -> None:
+def _draw(ax: Axes, curves: list[Curve], label: str, colour: str, linestyle: str) -> None:
     if len(curves) == 1:
-        ax.plot(*curves[0], label=label)
+        ax.plot(*curves[0], label=label, color=colour, linestyle=linestyle)
     elif curves:
-        steps, mean, std = average(curves)
-        (line,) = ax.plot(steps, mean, label=f"{label} (mean ± std of {len(curves)} runs)")
-        ax.fill_between(steps, mean - std, mean + std, color=line.get_color(), alpha=0.2, linewidth=0)
-
-
-def plot_study(study: optuna.Study, folder: Path) -> None:
-    """
-    Draw a study's history, its trials in parallel coordinates, and the importance of each hyperparameter.
-
-    :param study: A study with a finished trial
-    :param folder: Where to write ``<study>_<plot>.png``
-    """
-    n_completed = len(study.get_trials(deepcopy=False, states=[optuna.trial.TrialState.COMPLETE]))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        axes = {"history": optuna_plots.plot_optimization_history(study)}
-        if n_completed > 1:
-            axes["parallel_coordinate"] = optuna_plots.plot_parallel_coordinate(study)
-            # Optuna 4's default evaluator needs scikit-learn
-            evaluator = PedAnovaImportanceEvaluator()
-            axes["importances"] = optuna_plots.plot_param_importances(study, evaluator=evaluator)
-    for name, ax in axes.items():
-        path = folder / f"{study.study_name.replace('/', '-')}_{name}.png"
-        assert isinstance(ax.figure, Figure)
-        if name == "parallel_coordinate":
-            # An axis for each hyperparameter, with the room for its labels
-            ax.figure.set_size_inches(1.6 * (len(study.best_trial.params) + 1), 6)
-        ax.figure.savefig(path, dpi=150, bbox_inches="tight")
-        plt.close(ax.figure)
-        print(f"Wrote {path}")
+        steps, mean, low, high = average(curves)
+        label = f"{label} (mean of {len(curves)} runs, {CONFIDENCE:.0%} interval)"
+        ax.plot(steps, mean, label=label, color=colour, linestyle=linestyle)
+        ax.fill_between(steps, low, high, color=colour, alpha=0.2, linewidth=0)

@@ -49,6 +49,8 @@ class Running(ZooExperimentManager):
     run: Path | None = None
     #: From which the run goes on
     checkpoint: Path | None = None
+    #: Of a new run
+    made_folder: str | None = None
     #: Whether the run's monitor files are appended to
     appends: bool = False
     is_saved: bool = False
@@ -84,7 +86,13 @@ class Running(ZooExperimentManager):
         return dict(settings), OrderedDict(settings)
 
     def setup_experiment(self) -> tuple[BaseAlgorithm, dict[str, Any]] | None:
-        result = super().setup_experiment()
+        try:
+            result = super().setup_experiment()
+        except BaseException:
+            # Nothing is in it yet that anybody could go on with
+            if self.made_folder is not None:
+                shutil.rmtree(self.made_folder, ignore_errors=True)
+            raise
         if self.checkpoint is None or result is None:
             return result
         # In place of the new model, whose environments go on

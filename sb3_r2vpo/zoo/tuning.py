@@ -18,10 +18,10 @@ from optuna.trial import FrozenTrial, TrialState
 from rl_zoo3.exp_manager import ExperimentManager as ZooExperimentManager
 from rl_zoo3.hyperparams_opt import HYPERPARAMS_CONVERTER, HYPERPARAMS_SAMPLER
 
-from sb3_r2vpo.zoo.plots import plot_study
 from sb3_r2vpo.zoo.sampler import OFF_SEARCH_SPACE, SEARCH_SPACE, check_only
 from sb3_r2vpo.zoo.signals import as_interrupt
 from sb3_r2vpo.zoo.storage import GRACE_PERIOD, HEARTBEAT_INTERVAL, MAX_RETRIES, RetryTrial, open_storage
+from sb3_r2vpo.zoo.studies import N_BEST, plot_study, table_of_best
 
 _ERROR = "error"
 
@@ -184,9 +184,9 @@ class TuningManager(ZooExperimentManager):
             last = f" The last error was: {errors[-1]}" if errors else ""
             sys.exit(f"No trial of study {study.study_name!r} has completed, so that there is no best one.{last}")
         best = study.best_trial
-        print(f"Best trial: {best.number}\nValue: {best.value}\nParams:")
-        for heading, values in (("", best.params), ("User attributes:\n", best.user_attrs)):
-            print(heading + "\n".join(f"    {key}: {value}" for key, value in values.items()))
+        print(f"Best trial: {best.number}\nValue: {best.value}\nBest {N_BEST} trials:\n{table_of_best(study)}")
+        # What was sampled as another quantity, and how the study was made
+        print("User attributes:\n" + "\n".join(f"    {key}: {value}" for key, value in best.user_attrs.items()))
         if not self.no_optim_plots and self.storage is not None and self.study_name is not None:
             plot_study(study, folder)
 
