@@ -15,6 +15,7 @@ import torch as th
 pytest.importorskip("trl", reason="needs the extra: pip install 'sb3-r2vpo[llm,trl]'")
 
 from datasets import Dataset
+from peft import LoraConfig
 from safetensors.torch import load_file
 from transformers import HfArgumentParser, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
@@ -182,6 +183,24 @@ def test_loss_gradient_and_variance_are_the_core_s(tmp_path: Path, objective: st
     assert trainer._metrics["train"]["r2vpo/ratio_max"] == pytest.approx([largest], rel=1e-5)
 
 
+@pytest.mark.parametrize("objective", ["gspo", "dppo", "m2po"])
+def test_other_objectives_are_the_core_s_too(tmp_path: Path, objective: str) -> None:
+    """One takes the mean over a response without its padding, one the probabilities themselves."""
+    trainer = make_trainer(tmp_path, objective=objective, loss_type="bnpo")
+    trainer.current_gradient_accumulation_steps = 1
+    trainer.model.train()
+    inputs = make_inputs(trainer)
+    mask = inputs["completion_mask"].bool()
+    old = inputs["old_per_token_logps"]
+    log_ratio = th.where(mask, evaluate(trainer, inputs) - old, 0.0)
+    options = {
+        "gspo": {"mean_log_ratio": log_ratio.sum(-1, keepdim=True) / mask.sum(-1, keepdim=True)},
+        "dppo": {"old_log_prob": old},
+    }
+    losses, _ = OBJECTIVES[objective](log_ratio, inputs["advantages"].unsqueeze(1), **options.get(objective, {}))
+    th.testing.assert_close(trainer._compute_loss(trainer.model, inputs), token_mean(losses, mask), atol=1e-6, rtol=1e-6)
+
+
 @pytest.mark.parametrize("loss_type", AVERAGES)
 def test_accumulated_minibatches_weigh_as_one_batch(tmp_path: Path, loss_type: str) -> None:
     options = {"loss_type": loss_type, "var_coef": 0.7, "num_iterations": 2}
@@ -301,17 +320,46 @@ def test_a_resumed_run_is_bit_equal(tmp_path: Path, replay_capacity: int) -> Non
         assert all(th.equal(ours[name], theirs[name]) for name in ours)
 
 
-def test_a_checkpoint_without_the_multiplier_is_refused(tmp_path: Path) -> None:
-    options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+def test_a_checkpoint_that_does_not_fit_is_refused(tmp_path: Path) -> None:
+    options = {"replay_capacity": 2, "max_steps": 2, "save_strategy": "steps", "save_steps": 2}
     make_trainer(tmp_path, **options).train()
+    checkpoint = str(tmp_path / "checkpoint-2")
+    other = make_trainer(tmp_path, **options, per_device_train_batch_size=8, steps_per_generation=1)
+    with pytest.raises(ValueError, match=r"were \[1, 4, 2\], and are \[1, 8, 1\] now"):
+        other.train(resume_from_checkpoint=checkpoint)
     (tmp_path / "checkpoint-2" / "r2vpo_rank0.safetensors").unlink()
     with pytest.raises(ValueError, match=r"There is no .*r2vpo_rank0\.safetensors"):
-        make_trainer(tmp_path, **options).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+        make_trainer(tmp_path, **options).train(resume_from_checkpoint=checkpoint)
+
+
+def test_a_run_goes_on_with_a_smaller_replay(tmp_path: Path) -> None:
+    options = {"utd_ratio": 2, "save_strategy": "steps", "save_steps": 10}
+    make_trainer(tmp_path, replay_capacity=3, max_steps=10, **options).train()
+    # On-policy, nothing replayed is left
+    for replay_capacity, kept in ((1, []), (2, [[8], [12]])):
+        resumed = make_trainer(tmp_path, replay_capacity=replay_capacity, max_steps=14, **{**options, "save_strategy": "no"})
+        resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-10"))
+        assert [batch["generated_at"].unique().tolist() for batch in resumed.replay] == kept
+
+
+def test_lora(tmp_path: Path) -> None:
+    model, tokenizer = example.tiny_model()
+    data = Dataset.from_list([{"prompt": f"{a}+{b}="} for a in range(8, 12) for b in range(8)])
+    config = make_config(tmp_path, replay_capacity=2, max_steps=6)
+    lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj"])
+    trainer = R2VPOTrainer(model, example.small_digits, config, data, processing_class=tokenizer, peft_config=lora)
+    before = {name: parameter.detach().clone() for name, parameter in trainer.model.named_parameters()}
+    trainer.train()
+    changed = {name for name, parameter in trainer.model.named_parameters() if not th.equal(parameter, before[name])}
+    assert changed
+    assert all("lora_" in name for name in changed)
+    assert logged(trainer, "ratio_variance")[-1] > 0
 
 
 @pytest.mark.slow
 def test_two_processes_have_one_multiplier_and_replay_of_their_own(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0", "--standalone"]
+    launch = ["--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]  # gloo, as the script is told to use CPUs
+    command = [sys.executable, "-m", "accelerate.commands.launch", *launch]
     options = ["--tiny", "--output_dir", str(tmp_path), "--save_steps", "4", "--disable_tqdm", "true"]
     subprocess.run([*command, str(EXAMPLE), *options], check=True, capture_output=True, timeout=300)
     states = [load_file(tmp_path / "checkpoint-8" / f"r2vpo_rank{rank}.safetensors") for rank in (0, 1)]
@@ -332,6 +380,7 @@ def test_two_processes_have_one_multiplier_and_replay_of_their_own(tmp_path: Pat
         ({"importance_sampling_level": "sequence"}, "objective='r2vpo_sequence'"),
         ({"off_policy_mask_threshold": 0.5}, "off_policy_mask_threshold"),
         ({"vllm_importance_sampling_correction": True}, "vllm_importance_sampling_correction"),
+        ({"use_bias_correction_kl": True}, "use_bias_correction_kl"),
         ({"objective": "ppo"}, "Unknown `objective` 'ppo'"),
         ({"var_coef": "automatic"}, "`var_coef` is 'automatic'"),
         ({"var_coef": -0.1}, "`var_coef` is -0.1"),
@@ -383,6 +432,13 @@ def test_the_command_line_takes_numbers_and_auto() -> None:
     assert options.target_variance == pytest.approx(0.1)
 
 
+def test_a_loss_of_trl_s_own_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = make_trainer(tmp_path)
+    monkeypatch.setattr(GRPOTrainer, "_compute_loss", lambda self, model, inputs: th.zeros(()))
+    with pytest.raises(RuntimeError, match=r"TRL \d.* has computed a loss of its own"):
+        trainer._compute_loss(trainer.model, make_inputs(trainer))
+
+
 def test_trl_has_what_the_trainer_builds_on() -> None:
     """If this fails, TRL has moved: read its `GRPOTrainer` again before changing the test."""
     parameters = {
@@ -415,3 +471,13 @@ def test_trl_has_what_the_trainer_builds_on() -> None:
     # The log-probabilities are evaluated before what the trainer puts in the place of these is read
     order = ["self._get_per_token_logps_and_entropies(", 'inputs["advantages"]', 'inputs.get("old_per_token_logps")']
     assert sorted(order, key=source.index) == order
+    assert source.count(order[0]) == 1
+    # The surrogate that the objective's loss is handed through
+    for line in (
+        "coef_1 = torch.exp(log_importance_weights)",
+        "per_token_loss = -torch.min(per_token_loss1, per_token_loss2)",
+    ):
+        assert line in source
+    source = inspect.getsource(GRPOTrainer._prepare_inputs)
+    for line in ("generate_every = self.args.steps_per_generation * self.num_iterations", "self._buffered_inputs["):
+        assert line in source

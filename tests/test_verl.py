@@ -2,7 +2,7 @@
 
 import sys
 from dataclasses import dataclass
-from importlib.metadata import EntryPoint
+from importlib.metadata import entry_points
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -54,10 +54,10 @@ class TestVerl:
         )
 
     def test_the_entry_point_registers(self) -> None:
-        # What verl does with each of the group `verl.plugins`
+        # What `import verl` does with each of the group, of this package as it is installed
         self.core_algos.POLICY_LOSS_REGISTRY.pop("r2vpo")
         sys.modules.pop("sb3_r2vpo.llm.verl")
-        EntryPoint("r2vpo", "sb3_r2vpo.llm.verl", "verl.plugins").load()
+        entry_points(group="verl.plugins")["r2vpo"].load()
         assert self.core_algos.get_policy_loss_fn("r2vpo").__module__ == "sb3_r2vpo.llm.verl"
         assert self.core_algos.get_policy_loss_fn("r2vpo_sequence").__name__ == "r2vpo_sequence"
 
@@ -123,11 +123,17 @@ class TestVerl:
             assert dict(policy_loss).keys() == dict(policy_loss).keys() - {"_r2vpo"}
 
     def test_the_command_line_names_the_configuration(self) -> None:
-        from hydra.utils import instantiate
+        from hydra import compose, initialize_config_module
+        from verl.utils.config import omega_conf_to_dataclass
 
-        names = {"_target_": "sb3_r2vpo.llm.verl.R2VPOPolicyLossConfig", "var_coef": "auto_0.1", "dro_beta": None}
-        config = instantiate(names)
-        assert (config.var_coef, config.loss_mode) == ("auto_0.1", "r2vpo")
+        key = "actor_rollout_ref.actor.policy_loss"
+        target = "sb3_r2vpo.llm.verl.R2VPOPolicyLossConfig"
+        options = [f"{key}.loss_mode=r2vpo_sequence", f"{key}._target_={target}", f"+{key}.var_coef=auto_0.1"]
+        with initialize_config_module("verl.trainer.config", version_base=None):
+            composed = compose("ppo_trainer", options)
+        config = omega_conf_to_dataclass(composed.actor_rollout_ref.actor.policy_loss)
+        assert isinstance(config, self.plugin.R2VPOPolicyLossConfig)
+        assert (config.var_coef, config.loss_mode, config.target_variance) == ("auto_0.1", "r2vpo_sequence", 0.016)
 
     def test_bad_coefficients_are_refused(self) -> None:
         batch = make_batch()
@@ -240,6 +246,7 @@ def test_slime_takes_the_loss_by_its_path(monkeypatch: pytest.MonkeyPatch, objec
 
     for options, match in [
         ({"use_kl_loss": True}, "use_kl_loss"),
+        ({"custom_pg_loss_reducer_function_path": "my.reducer"}, "custom_pg_loss_reducer_function_path"),
         ({"r2vpo_objective": "r2vpo_sequence", "context_parallel_size": 2}, "context-parallel-size 1"),
         ({"use_rollout_logprobs": False}, "all ratios would be one"),
     ]:

@@ -7,7 +7,7 @@ and `--model`. The paper does not tell the learning rate, the initial multiplier
 
 The same script on a laptop, offline, in seconds, with a model of a few thousand parameters that learns to write small digits:
 
-    torchrun --nproc_per_node 2 examples/llm/trl_math.py --tiny
+    accelerate launch --multi_gpu --num_processes 2 examples/llm/trl_math.py --tiny        # two processes on CPUs
 """
 
 from dataclasses import dataclass

@@ -75,7 +75,8 @@ def slime_loss(
 
     objective = getattr(args, "r2vpo_objective", "r2vpo")
     var_coef = getattr(args, "r2vpo_var_coef", VAR_COEF)
-    used = [name for name in ("use_kl_loss", "use_opsm", "use_tis", "entropy_coef") if getattr(args, name, None)]
+    left_out = ("use_kl_loss", "use_opsm", "use_tis", "entropy_coef", "custom_pg_loss_reducer_function_path")
+    used = [name for name in left_out if getattr(args, name, None)]
     if used:
         raise ValueError(f"slime_loss leaves out what {used} stand for: turn them off, or pass --loss-type policy_loss.")
     if objective == "r2vpo_sequence" and getattr(args, "context_parallel_size", 1) > 1:

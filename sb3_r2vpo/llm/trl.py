@@ -8,8 +8,6 @@ Generation, rewards, advantages, vLLM, LoRA, DeepSpeed and FSDP are TRL's.
 
 import os
 from collections import deque
-from contextlib import suppress
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,108 +15,15 @@ import torch as th
 from safetensors.torch import load_file, save_file
 
 try:
-    from trl import GRPOConfig, GRPOTrainer
+    from trl import GRPOTrainer, __version__
     from trl.trainer.utils import pad, split_tensor_dict
 except ModuleNotFoundError as error:
     message = f"sb3_r2vpo.llm.trl needs {error.name}, an extra: pip install 'sb3-r2vpo[llm,trl]'"
     raise ModuleNotFoundError(message, name=error.name) from error
 
-from sb3_r2vpo.core.policy_loss import PolicyLoss, make_policy_loss
+from sb3_r2vpo.llm.trl_config import R2VPOConfig as R2VPOConfig
 
 Batch = dict[str, Any]
-
-#: How TRL averages the tokens of a batch. Its other loss types are objectives of their own.
-LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo")
-
-#: Tolerances of responses and of tokens that were the best ones in `benchmarks/llm`
-SEQUENCE_TARGET_VARIANCE, TARGET_VARIANCE = 0.5, 0.016
-
-
-@dataclass
-class R2VPOConfig(GRPOConfig):
-    """
-    Arguments of :class:`R2VPOTrainer`: those of TRL's ``GRPOConfig``, and R2VPO's.
-
-    What belongs to other objectives (``epsilon``, ``epsilon_high``, ``delta``) has no effect.
-
-    :param objective: "r2vpo" (default), "r2vpo_sequence", whose ratio is that of a whole response, or another one of
-        ``sb3_r2vpo.core.OBJECTIVES``
-    :param var_coef: The multiplier ``lambda``, in units of the advantage: a number fixes it, "auto_0.3" (default) adapts it
-        from 0.3. There is one for all processes.
-    :param target_variance: The tolerance ``epsilon`` of an adaptive multiplier; ``None`` (default) for 0.016, or 0.5 with
-        "r2vpo_sequence", the best ones in ``benchmarks/llm``.
-    :param objective_kwargs: Further options, such as ``{"dual_learning_rate": 0.02}``; see
-        :class:`~sb3_r2vpo.core.policy_loss.RatioVarianceLoss`
-    :param replay_capacity: Number of generated batches to sample from, of which the oldest is dropped; the paper's number is
-        4. The default is 1, on-policy: TRL's own passes over the newest batch.
-    :param utd_ratio: How many batches' worth of responses to train on for each generated batch: the paper's name for
-        ``num_iterations``, which it sets
-    :param num_iterations: As in TRL. The default is 2, the paper's UTD ratio, and not TRL's 1, with which all ratios would be
-        one.
-    :param vllm_importance_sampling_correction: Must stay off: the ratios are those to the policy that vLLM sampled from.
-    :raises ValueError: An option is out of its range or has no meaning here, or every ratio would be one.
-    """
-
-    _VALID_DICT_FIELDS = [*GRPOConfig._VALID_DICT_FIELDS, "objective_kwargs"]  # noqa: RUF012 (no field of the data class)
-
-    objective: str = field(default="r2vpo", metadata={"help": "'r2vpo', 'r2vpo_sequence' or another objective."})
-    # With `None` for the sake of the command line, which would otherwise take numbers only
-    var_coef: float | str | None = field(
-        default="auto_0.3", metadata={"help": "Multiplier: a number, or 'auto_<initial value>'."}
-    )
-    target_variance: float | None = field(default=None, metadata={"help": "Tolerance of an adaptive multiplier."})
-    objective_kwargs: dict | str | None = field(default=None, metadata={"help": "Further options of the objective, as JSON."})
-    replay_capacity: int = field(default=1, metadata={"help": "Generated batches to sample from; 1 is on-policy."})
-    utd_ratio: int | None = field(default=None, metadata={"help": "The paper's name for num_iterations."})
-    num_iterations: int = field(default=2, metadata={"help": "Passes for each generated batch; the UTD ratio."})
-    vllm_importance_sampling_correction: bool = field(default=False, metadata={"help": "Must stay off."})
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.utd_ratio is not None:
-            self.num_iterations = self.utd_ratio
-        for name in ("replay_capacity", "num_iterations"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"`{name}` is {value!r}; it must be a whole number of at least 1.")
-        if self.loss_type not in LOSS_TYPES:
-            raise ValueError(
-                f"`loss_type` is {self.loss_type!r}, an objective of its own. R2VPO takes only the way of averaging from it: "
-                f"choose one of {', '.join(LOSS_TYPES)}."
-            )
-        if self.importance_sampling_level != "token":
-            raise ValueError("For ratios of whole responses pass objective='r2vpo_sequence', not `importance_sampling_level`.")
-        if self.off_policy_mask_threshold is not None:
-            raise ValueError(
-                "R2VPO pulls stale responses back instead of masking them: leave `off_policy_mask_threshold` out."
-            )
-        if self.vllm_importance_sampling_correction:
-            raise ValueError(
-                "With R2VPO the ratio is taken to the policy that vLLM sampled from: a second correction would count the "
-                "mismatch twice. Leave `vllm_importance_sampling_correction` off."
-            )
-        n_minibatches: Any = self.steps_per_generation  # which `GRPOConfig` has set by now
-        one_step = n_minibatches * self.num_iterations <= self.gradient_accumulation_steps
-        if one_step and self.replay_capacity == 1 and not self.use_vllm:
-            raise ValueError(
-                f"There is one optimizer step for each generated batch (steps_per_generation={self.steps_per_generation}, "
-                f"num_iterations={self.num_iterations}, gradient_accumulation_steps={self.gradient_accumulation_steps}), so "
-                "that all ratios would be one and R2VPO's penalty zero. Raise `num_iterations` or `steps_per_generation`, or "
-                "pass a `replay_capacity` above 1."
-            )
-        self.policy_loss()
-
-    def policy_loss(self) -> PolicyLoss:
-        """:return: The objective with its coefficients and its multiplier"""
-        var_coef: Any = self.var_coef
-        target_variance = self.target_variance
-        # The command line gives strings. What is no number either is for `make_policy_loss` to refuse
-        with suppress(ValueError, TypeError):
-            var_coef = float(var_coef)
-        if target_variance is None:
-            target_variance = SEQUENCE_TARGET_VARIANCE if self.objective == "r2vpo_sequence" else TARGET_VARIANCE
-        options: Any = self.objective_kwargs
-        return make_policy_loss(self.objective, var_coef, target_variance, options=options)
 
 
 class R2VPOTrainer(GRPOTrainer):
@@ -182,20 +87,23 @@ class R2VPOTrainer(GRPOTrainer):
         return loss
 
     def _compute_loss(self, model: Any, inputs: Batch) -> th.Tensor:
-        self._minibatch = dict(inputs)
-        try:
-            loss = super()._compute_loss(model, self._minibatch)
-        finally:
-            self._minibatch = None
+        self._minibatch = minibatch = dict(inputs)
+        loss = super()._compute_loss(model, minibatch)
+        if self._minibatch is not None:
+            raise RuntimeError(
+                f"TRL {__version__} has computed a loss of its own: it evaluates log-probabilities where R2VPO cannot set its "
+                "objective. Install the version in this package's constraints.txt."
+            )
         metrics = self._metrics["train" if self.model.training else "eval"]
         for name in [name for name in metrics if name.startswith("clip_ratio/")]:
             del metrics[name]
         return loss
 
     def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Any:
+        minibatch, self._minibatch = self._minibatch, None
         outputs = super()._get_per_token_logps_and_entropies(*args, **kwargs)
-        if self._minibatch is not None:
-            self._set_objective(self._minibatch, outputs[0])
+        if minibatch is not None:
+            self._set_objective(minibatch, outputs[0])
         return outputs
 
     def _set_objective(self, batch: Batch, log_prob: th.Tensor) -> None:
@@ -207,9 +115,9 @@ class R2VPOTrainer(GRPOTrainer):
         """
         mask = batch["completion_mask"]
         mask = (mask if "tool_mask" not in batch else mask * batch["tool_mask"]).bool()
-        log_ratio = th.where(mask, log_prob - behaviour_log_prob(batch, log_prob.detach()), 0.0)
-        advantages = batch["advantages"]
-        losses, deviation = self.policy_loss(log_ratio, advantages.unsqueeze(1) if advantages.ndim == 1 else advantages)
+        old_log_prob, advantages = behaviour_log_prob(batch, log_prob.detach()), batch["advantages"]
+        advantages = advantages.unsqueeze(1) if advantages.ndim == 1 else advantages
+        losses, deviation = self.policy_loss(log_prob - old_log_prob, advantages, mask=mask, old_log_prob=old_log_prob)
         batch["old_per_token_logps"], batch["advantages"] = log_prob, -losses
         if self.model.training:
             squares = th.where(mask, deviation.square(), 0.0)
@@ -304,15 +212,23 @@ class R2VPOTrainer(GRPOTrainer):
     def _state_file(self, folder: str | Path) -> Path:
         return Path(folder) / f"r2vpo_rank{self.accelerator.process_index}.safetensors"
 
+    def _layout(self) -> th.Tensor:
+        """What a process's batches depend on"""
+        steps: Any = self.args.steps_per_generation
+        return th.tensor([self.accelerator.num_processes, self.args.per_device_train_batch_size, steps])
+
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         if not self.args.save_only_model:
             folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
             folder.mkdir(parents=True, exist_ok=True)
             multiplier = self.policy_loss.multiplier.value
-            state = {"multiplier": multiplier, "step": th.tensor(self._step), "order": self._order}
-            for kind, batches in (("replay", self.replay), ("buffered", self._buffered_inputs or ())):
+            state = {"multiplier": multiplier, "step": th.tensor(self._step), "order": self._order, "layout": self._layout()}
+            buffered = self._buffered_inputs or []
+            if any("num_images" in batch for batch in buffered):
+                buffered = []  # not only tensors. TRL generates anew after a resume
+            for kind, batches in (("replay", self.replay), ("buffered", buffered)):
                 for i, batch in enumerate(batches):
-                    state |= {f"{kind}/{i}/{name}": v for name, v in batch.items() if isinstance(v, th.Tensor)}
+                    state |= {f"{kind}/{i}/{name}": value for name, value in batch.items()}
             # Before TRL's own files, of which the last one tells that the checkpoint is complete; whole or not at all
             path = self._state_file(folder)
             save_file({name: value.contiguous().clone() for name, value in state.items()}, f"{path}.partial")
@@ -331,12 +247,22 @@ class R2VPOTrainer(GRPOTrainer):
             )
         batches: dict[str, dict[int, Batch]] = {"replay": {}, "buffered": {}}
         state = load_file(path)
+        saved, layout = state.pop("layout").tolist(), self._layout().tolist()
+        if saved != layout:
+            raise ValueError(
+                "The checkpoint's generated batches do not fit: the number of processes, per_device_train_batch_size and "
+                f"steps_per_generation were {saved}, and are {layout} now. Resume with the same, or start from its weights as "
+                "a new run."
+            )
         self.policy_loss.multiplier.set_value(state.pop("multiplier").to(self.accelerator.device))
         self._step, self._order = int(state.pop("step")), state.pop("order")
         for name, value in state.items():
             kind, index, key = name.split("/", 2)
             batches[kind].setdefault(int(index), {})[key] = value
-        self.replay.extend(batches["replay"][i] for i in sorted(batches["replay"]))
+        if self.args.replay_capacity > 1:
+            self.replay.extend(batches["replay"][i] for i in sorted(batches["replay"]))
+        if len(self.replay) < len(batches["replay"]):
+            self._order = self._order[:0]  # of a larger replay
         device = self.accelerator.device
         buffered = [{k: v.to(device) for k, v in batches["buffered"][i].items()} for i in sorted(batches["buffered"])]
         # TRL itself generates anew, and out of step with its sampler, where a checkpoint was saved between two generations
