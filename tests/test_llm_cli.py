@@ -84,7 +84,10 @@ def test_train_resume_eval_generate(config_path, tmp_path, capsys, monkeypatch):
     th.testing.assert_close(resumed, weights, atol=0, rtol=0)
 
     main(["eval", str(config_path), "--model", str(folder / "model")])
-    assert set(json.loads(capsys.readouterr().out)) == {"mean_at_k", "pass_at_k", "length", "truncated", "entropy"}
+    assert set(json.loads(capsys.readouterr().out)) == {
+        *("mean_at_k", "pass_at_k", "length", "truncated", "entropy"),
+        *("temperature", "top_k", "top_p"),
+    }
     main(["generate", str(config_path), "-n", "1"])
     assert capsys.readouterr().out.startswith("four")
 

@@ -83,7 +83,7 @@ def test_reward_function_must_return_one_finite_number(result):
     ("prompts", "tokenizer_kwargs", "kwargs", "message"),
     [
         ([], {}, {}, "no problems"),
-        (["a", " "], {}, {}, "empty prompts, the first one at index 1"),
+        (["a", " "], {}, {}, "at index 1, an empty prompt"),
         (["a"], {"eos_token": None}, {}, "no end-of-sequence token"),
         (["a"], {}, {"thinking": "deep"}, "`thinking`"),
         (["a"], {}, {"system_prompt": "b"}, "chat template"),

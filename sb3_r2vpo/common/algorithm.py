@@ -1,5 +1,6 @@
 """What R2VPO's variants have in common: collect a rollout, let the critic learn, update the policy, log."""
 
+import math
 from collections import defaultdict
 from collections.abc import Iterator
 from copy import deepcopy
@@ -24,6 +25,7 @@ from sb3_r2vpo.common.rollout import (
     draws_its_own_minibatches,
     passes,
 )
+from sb3_r2vpo.common.sampler import map_field
 from sb3_r2vpo.common.saving import ReplaySaving
 from sb3_r2vpo.core.batch import Minibatch
 from sb3_r2vpo.core.objectives import ratio_minus_one
@@ -41,6 +43,16 @@ class RatioVarianceAlgorithm(ReplaySaving, RolloutCollection):
         "MultiInputPolicy": MultiInputPolicy,
     }
 
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        # The one argument of PPO's that has gone: Python's own error would not say what has taken its place
+        if "clip_range" in kwargs:
+            raise TypeError(
+                f"{cls.__name__} has no `clip_range`: the variance of the ratio is limited in its place. Leave it out, or set "
+                "`var_coef`, the multiplier, or `target_variance` with var_coef='auto'. objective='ppo_clip' with "
+                "objective_kwargs={'clip_range': 0.2} is PPO."
+            )
+        return super().__new__(cls)
+
     def _check_batch_size(self, n_envs: int) -> None:
         check_batch_size(self.batch_size, self.n_steps, n_envs, self.normalize_advantage)
 
@@ -54,6 +66,8 @@ class RatioVarianceAlgorithm(ReplaySaving, RolloutCollection):
         super()._setup_model()
         self.critic.check(self.policy)
         self.noise.check(self.policy)
+        if (check_algorithm := getattr(self.policy, "check_algorithm", None)) is not None:
+            check_algorithm(self)
         self._snapshot = AdvantageSnapshot()
         self._timeouts = Timeouts()
         if draws_its_own_minibatches(self.rollout_buffer) and self._renews_advantages:
@@ -112,6 +126,8 @@ class RatioVarianceAlgorithm(ReplaySaving, RolloutCollection):
         """
         n_dropped = self.critic.fit(self, rollouts)
         rollouts = rollouts[-self.replay_capacity :]
+        for name, value in getattr(self.rollout_buffer, "statistics", {}).items():
+            self.logger.record(f"rollout/{name}", value)
         self._renew_replayed(rollouts)
 
         # Switch to train mode (this affects batch norm / dropout)
@@ -155,14 +171,19 @@ class RatioVarianceAlgorithm(ReplaySaving, RolloutCollection):
     @th.no_grad()
     def _renew_replayed(self, rollouts: list[Rollout]) -> None:
         """Recompute values and advantages of replayed rollouts with the current critic, and log their ratio variance."""
+        # A language model's advantages may need no critic: then only some responses are looked at, a minibatch of all rollouts
+        has_critic = getattr(self.policy, "value_net", True) is not None
+        n_looked_at = None if has_critic else math.ceil(self.batch_size / max(1, len(rollouts) - 1))
         # The newest one has the current critic's values, and ratios of one
         for staleness, (following, rollout) in enumerate(pairwise(reversed(rollouts)), start=1):
             values, deviations = [], []
-            for samples in rollout.batches():
+            for samples in rollout.batches() if n_looked_at is None else [_evenly_spaced(rollout.samples, n_looked_at)]:
                 batch_values, log_prob, *_ = self.evaluate_actions(samples, with_values=self.critic.recomputes_replayed)
                 values.append(batch_values)
-                deviations.append(self._minibatch(samples).select(ratio_minus_one(log_prob - samples.old_log_prob)))
-            if self.critic.recomputes_replayed:
+                # Of what is an action to the objective, as all that is logged of ratios
+                log_ratio, mask = log_prob - samples.old_log_prob, self._minibatch(samples).mask
+                deviations.append(ratio_minus_one(self.policy_loss.action_log_ratio(log_ratio, mask)))
+            if self.critic.recomputes_replayed and has_critic:
                 rollout.renew(self.predict_values, self.gamma, self.gae_lambda, following, th.cat(values))  # type: ignore[arg-type]
             self.logger.record(f"train/ratio_variance_stale_{staleness}", th.cat(deviations).square().mean().item())
 
@@ -259,3 +280,10 @@ class RatioVarianceAlgorithm(ReplaySaving, RolloutCollection):
             self.logger.record(f"train/{name}", value)
         if self.critic.clip_range_vf is not None:
             self.logger.record("train/clip_range_vf", float(self.critic.clip_range_vf))
+
+
+def _evenly_spaced(samples: Any, n_samples: int) -> Any:
+    """So many of a rollout's samples, drawn without random numbers."""
+    n = len(samples.old_log_prob)
+    rows = th.linspace(0, n - 1, min(n, n_samples)).long()
+    return type(samples)(*(map_field(lambda tensor: tensor[rows], field) for field in samples))

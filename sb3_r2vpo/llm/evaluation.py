@@ -34,7 +34,7 @@ class Evaluation:
     :param pass_at_k: Share of problems that at least one of ``k`` responses solves
     :param length: Tokens that the policy wrote in a conversation
     :param truncated: Share of conversations that a length limit cut off
-    :param entropy: In nats a token, of the distribution that was sampled from
+    :param entropy: In nats a token, of the distribution that was sampled from: of the temperature, top-k and top-p of the test
     """
 
     mean_at_k: float

@@ -1,26 +1,13 @@
-"""Hugging Face models: how they are loaded, what they are given and give, how far one is from another."""
+"""Hugging Face models: how they are loaded, in which precision they are trained, what they have to have."""
 
+import warnings
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch as th
 from stable_baselines3.common.type_aliases import PyTorchObs
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
-
-
-class Generation(NamedTuple):
-    """
-    Sampled responses, each field of shape ``(n, max_new_tokens)``; after the end ``PADDING`` and zeros.
-
-    :param tokens: Token ids
-    :param log_probs: Their log-probabilities
-    :param entropies: Entropies of the distributions that they were sampled from, in nats
-    """
-
-    tokens: th.Tensor
-    log_probs: th.Tensor
-    entropies: th.Tensor
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 
 def load_model(model: str | Path | PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
@@ -39,6 +26,72 @@ def load_model(model: str | Path | PreTrainedModel, **kwargs: Any) -> PreTrained
         loaded.config.__dict__.pop("quantization_config", None)
         return loaded
     return AutoModelForCausalLM.from_pretrained(model, **kwargs)
+
+
+def set_precision(model: PreTrainedModel, frozen: bool) -> th.dtype:
+    """
+    Hold all weights that are to be trained in float32.
+
+    A bfloat16 number has 8 significant bits: steps of AdamW at a learning rate of 1e-6 are rounded away. So weights are
+    trained in float32, and a bfloat16 model computes in bfloat16 (autocast), as in TRL. A float16 model would need its loss
+    scaled, or its gradients underflow: it computes in float32 as well, and a warning says so.
+
+    :param model: Changed in place
+    :param frozen: Whether its weights are not trained, as with LoRA, whose adapters are in float32: they stay in bfloat16
+    :return: What to compute in
+    """
+    dtypes = {parameter.dtype for parameter in model.parameters()}
+    if th.float16 in dtypes:
+        warnings.warn(
+            "The model is in float16, whose gradients overflow and underflow: it is trained in float32. For half of the "
+            'memory, pass `model_kwargs={"dtype": torch.bfloat16}`.',
+            stacklevel=2,
+        )
+        model.float()
+    elif th.bfloat16 in dtypes and not frozen:
+        model.float()
+    return th.bfloat16 if th.bfloat16 in dtypes else th.float32
+
+
+def stop_tokens(config: GenerationConfig | None) -> list[int]:
+    """
+    :param config: A model's ``generation_config``
+    :return: The tokens that end its responses, often several; none if the file is only made up from the model's sizes
+    """
+    if config is None or config._from_model_config or config.eos_token_id is None:
+        return []
+    return [config.eos_token_id] if isinstance(config.eos_token_id, int) else list(config.eos_token_id)
+
+
+def stop_tokens_beside(tokenizer: Any) -> list[int]:
+    """
+    :param tokenizer: A tokenizer
+    :return: :func:`stop_tokens` of the model that lies where it has been loaded from, if there is one
+    """
+    if not (tokenizer.name_or_path or "").strip():
+        return []
+    try:
+        return stop_tokens(GenerationConfig.from_pretrained(tokenizer.name_or_path))
+    # Not every folder has such a file, and a tokenizer's name may be that of no folder
+    except (OSError, ValueError):
+        return []
+
+
+def check_cache(model: PreTrainedModel) -> None:
+    """
+    :param model: A model
+    :raises ValueError: It keeps no cache of keys and values whose rows can be selected: responses are generated with one.
+    """
+    try:
+        with th.no_grad():
+            outputs = model(input_ids=th.zeros(1, 2, dtype=th.long, device=model.device), use_cache=True)
+            outputs.past_key_values.batch_select_indices(th.zeros(1, dtype=th.long, device=model.device))
+    except (AttributeError, NotImplementedError) as error:
+        raise ValueError(
+            f"{type(model).__name__} keeps no cache of keys and values whose rows can be selected, with which responses "
+            "are generated: models with recurrent layers, such as Mamba, RWKV and Qwen3-Next, are not supported. Take a model "
+            "whose layers are attention, such as Qwen3 or Llama, or train this one with TRL (`sb3_r2vpo.llm.trl`)."
+        ) from error
 
 
 def mask_prompts(obs: PyTorchObs) -> tuple[th.Tensor, th.Tensor]:

@@ -13,7 +13,11 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from sb3_r2vpo.llm.models import Generation, kl_divergence, load_model, mask_prompts
+from sb3_r2vpo.common.checks import check_whole_number
+from sb3_r2vpo.llm.checks import check_model, check_training
+from sb3_r2vpo.llm.generation import Generation, generate
+from sb3_r2vpo.llm.models import kl_divergence, load_model, mask_prompts, set_precision
+from sb3_r2vpo.llm.readout import Readout, in_slices
 from sb3_r2vpo.llm.sampling import Sampling, token_log_prob, truncate_logits
 from sb3_r2vpo.llm.sequence_buffer import PADDING
 from sb3_r2vpo.llm.spaces import ResponseSpace
@@ -35,7 +39,8 @@ class CausalLMPolicy(ActorCriticPolicy):
     :param lr_schedule: Learning rate schedule (could be constant)
     :param model: A model, a folder or a name on the Hugging Face hub, or a GGUF file. A path keeps saved algorithms small; a
         model is used as it is, not copied.
-    :param model_kwargs: Arguments of ``from_pretrained``, such as ``{"dtype": torch.bfloat16}``.
+    :param model_kwargs: Arguments of ``from_pretrained``, such as ``{"dtype": torch.bfloat16}``. Weights that are trained are
+        held in float32; a bfloat16 model computes in bfloat16, see :func:`~sb3_r2vpo.llm.models.set_precision`.
     :param temperature: see :class:`~sb3_r2vpo.llm.sampling.Sampling`, as the next two
     :param top_k: see there
     :param top_p: see there
@@ -45,6 +50,9 @@ class CausalLMPolicy(ActorCriticPolicy):
     :param micro_batch_size: Responses in one forward pass; a minibatch of more is evaluated in parts, whose activations are
         recomputed in the backward pass. It needs the memory that gradient accumulation needs, and, unlike it, averages over
         all tokens of the minibatch at once. ``None`` (default) for no limit.
+    :param max_cache_tokens: Tokens, of prompts and responses, whose keys and values are held at once: more responses than fit
+        are generated in chunks. A token takes ``2 * num_hidden_layers * num_key_value_heads * head_dim`` numbers. ``None``
+        (default) for no limit.
     :param value_head: Learn the value of a prompt, with a linear head on its last token; for ``advantage="gae"``. By default
         there is no critic, and values are zero.
     :param reference_kl: Keep a frozen copy of the initial model (with LoRA: the model without adapters), and return
@@ -54,8 +62,8 @@ class CausalLMPolicy(ActorCriticPolicy):
     :param optimizer_class: The optimizer; AdamW as in the paper
     :param optimizer_kwargs: Its arguments, excluding the learning rate
     :param use_sde: Not supported
-    :raises ValueError: The action space is another one, or its vocabulary is larger than the model's; or the longest
-        conversation exceeds the model's context.
+    :raises ValueError: The action space is another one, or its vocabulary is larger than the model's; the longest
+        conversation exceeds the model's context; or the model has no cache of keys and values, as Mamba.
     """
 
     def __init__(
@@ -71,6 +79,7 @@ class CausalLMPolicy(ActorCriticPolicy):
         lora: dict[str, Any] | None = None,
         gradient_checkpointing: bool = False,
         micro_batch_size: int | None = None,
+        max_cache_tokens: int | None = None,
         value_head: bool = False,
         reference_kl: bool = False,
         optimizer_class: type[th.optim.Optimizer] = th.optim.AdamW,
@@ -86,7 +95,11 @@ class CausalLMPolicy(ActorCriticPolicy):
         self.sampling = Sampling(temperature, top_k, top_p)
         self.lora = lora
         self.gradient_checkpointing = gradient_checkpointing
+        for name, number in (("micro_batch_size", micro_batch_size), ("max_cache_tokens", max_cache_tokens)):
+            if number is not None:
+                check_whole_number(name, number)
         self.micro_batch_size = micro_batch_size
+        self.max_cache_tokens = max_cache_tokens
         self.has_value_head = value_head
         self.has_reference = reference_kl
         # `nn.Module` takes no submodule before its own `__init__`, which calls `_build`
@@ -103,7 +116,10 @@ class CausalLMPolicy(ActorCriticPolicy):
     def _build(self, lr_schedule: Schedule) -> None:
         source, model_kwargs = self._source
         model = load_model(source, **model_kwargs)
-        self._check_sizes(model)
+        check_model(model, self.observation_space, self.action_space)  # type: ignore[arg-type]
+        #: What it computes in
+        self.compute_dtype = set_precision(model, frozen=self.lora is not None)
+        self.readout = Readout(model)
         # Dropout would make ratios differ from one before any update
         for module in model.modules():
             if isinstance(module, nn.Dropout):
@@ -123,24 +139,15 @@ class CausalLMPolicy(ActorCriticPolicy):
         # Architectures without one of these arguments do without
         parameters = inspect.signature((model.get_base_model() if self.lora else model).forward).parameters  # type: ignore[operator]
         self._takes_position_ids = "position_ids" in parameters
-        self._takes_logits_to_keep = "logits_to_keep" in parameters
         trainable = [parameter for parameter in self.parameters() if parameter.requires_grad]
         self.optimizer = self.optimizer_class(trainable, lr=lr_schedule(1), **self.optimizer_kwargs)  # type: ignore[call-arg]
 
-    def _check_sizes(self, model: PreTrainedModel) -> None:
-        vocab_size, model_vocab_size = self.vocab_size, model.config.vocab_size
-        if vocab_size > model_vocab_size:
-            raise ValueError(
-                f"The task has {vocab_size} token ids, but the model knows {model_vocab_size}: they do not belong together. "
-                "Load the tokenizer from where the model comes from, or call `model.resize_token_embeddings()`."
-            )
-        longest = self.observation_space["input_ids"].shape[0] + self.max_new_tokens  # type: ignore[index]
-        context = getattr(model.config, "max_position_embeddings", None)
-        if context is not None and longest > context:
-            raise ValueError(
-                f"Prompt and response may take {longest} tokens, but the model's context is {context}: "
-                "lower `max_prompt_tokens` or `max_new_tokens`."
-            )
+    def check_algorithm(self, algorithm: Any) -> None:
+        """
+        :param algorithm: That the policy is for, when it has been set up
+        :raises ValueError: Its settings leave nothing to learn from; those of robots get a warning.
+        """
+        check_training(algorithm)
 
     @property
     def vocab_size(self) -> int:
@@ -153,65 +160,42 @@ class CausalLMPolicy(ActorCriticPolicy):
         """Longest response"""
         return self.action_space.max_new_tokens if isinstance(self.action_space, ResponseSpace) else 1
 
-    def _token_logits(self, logits: th.Tensor) -> th.Tensor:
-        """Logits of the tokens that the task has, ``-inf`` for those that it does not allow."""
+    def token_logits(self, logits: th.Tensor) -> th.Tensor:
+        """
+        :param logits: The model's, shape ``(..., model's vocab_size)``
+        :return: Those of the tokens that the task has, ``-inf`` for tokens that it does not allow
+        """
         # Models pad their vocabulary to a round number
         logits = logits[..., : self.vocab_size]
         allowed = getattr(self.action_space, "allowed_tokens", None)
         return logits if allowed is None else logits.masked_fill(~th.as_tensor(allowed, device=logits.device), -th.inf)
 
-    def _model_inputs(self, input_ids: th.Tensor, attention_mask: th.Tensor, n_logits: int) -> dict[str, Any]:
+    def model_inputs(self, input_ids: th.Tensor, attention_mask: th.Tensor) -> dict[str, Any]:
+        """
+        :param input_ids: New tokens, shape ``(n, n_tokens)``
+        :param attention_mask: Of all tokens so far, shape ``(n, n_tokens so far)``
+        :return: Arguments of the model
+        """
         inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask}
         if self._takes_position_ids:
             # Positions count from the first token of the prompt, wherever padding puts it
             inputs["position_ids"] = (attention_mask.cumsum(-1) - 1).clamp(min=0)[:, -input_ids.shape[1] :]
-        if self._takes_logits_to_keep:
-            inputs["logits_to_keep"] = n_logits
         return inputs
+
+    def _precision(self) -> th.autocast:
+        return th.autocast(self.device.type, dtype=th.bfloat16, enabled=self.compute_dtype == th.bfloat16)
 
     @th.no_grad()
     def generate(self, obs: PyTorchObs, sampling: Sampling | None = None) -> Generation:
         """
-        Sample responses with a KV cache.
-
-        Equal prompts are read once, and responses leave the batch when they end, so that nothing is computed for padding.
-        Rows of padding only get empty responses.
+        Sample responses with a cache of keys and values, see :func:`~sb3_r2vpo.llm.generation.generate`.
 
         :param obs: Prompts, padded on the left
         :param sampling: How to sample; ``None`` takes the policy's own way, that of training
         :return: The responses
         """
-        sampling = sampling or self.sampling
-        prompts, attention_mask = obs["input_ids"].long(), obs["attention_mask"].long()  # type: ignore[index]
-        tokens = th.full((len(prompts), self.max_new_tokens), PADDING, device=prompts.device)
-        log_probs, entropies = th.zeros(2, *tokens.shape, device=prompts.device)
-        eos_token_ids = th.tensor(getattr(self.action_space, "eos_token_ids", ()), device=prompts.device)
-
-        rows = attention_mask.any(-1).nonzero().flatten()
-        if len(rows) == 0:
-            return Generation(tokens, log_probs, entropies)
-        width = int(attention_mask.sum(-1).max())
-        unique, owners = th.stack([prompts, attention_mask])[:, rows, -width:].unique(dim=1, return_inverse=True)
-        outputs = self.model(**self._model_inputs(unique[0], unique[1], 1), use_cache=True)
-        logits, cache, attention_mask = outputs.logits[owners, -1], outputs.past_key_values, unique[1][owners]
-        cache.batch_select_indices(owners)
-        for step in range(self.max_new_tokens):
-            logits = truncate_logits(self._token_logits(logits), sampling)
-            probabilities = logits.softmax(-1)
-            new_tokens = th.multinomial(probabilities, num_samples=1)
-            tokens[rows, step] = new_tokens.flatten()
-            log_probs[rows, step] = token_log_prob(logits, new_tokens.flatten())
-            entropies[rows, step] = th.special.entr(probabilities).sum(-1)
-            unfinished = (~th.isin(new_tokens.flatten(), eos_token_ids)).nonzero().flatten()
-            if step + 1 == self.max_new_tokens or len(unfinished) == 0:
-                break
-            attention_mask = nn.functional.pad(attention_mask, (0, 1), value=1)
-            if len(unfinished) < len(rows):
-                rows, new_tokens, attention_mask = rows[unfinished], new_tokens[unfinished], attention_mask[unfinished]
-                cache.batch_select_indices(unfinished)
-            inputs = self._model_inputs(new_tokens, attention_mask, 1)
-            logits = self.model(**inputs, past_key_values=cache, use_cache=True).logits[:, -1]
-        return Generation(tokens, log_probs, entropies)
+        with self._precision():
+            return generate(self, obs, sampling or self.sampling)
 
     def forward(self, obs: PyTorchObs, deterministic: bool = False) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
         """
@@ -236,18 +220,21 @@ class CausalLMPolicy(ActorCriticPolicy):
         prompts, attention_mask = mask_prompts(obs)
         if self.value_net is None:
             return th.zeros(len(prompts), 1, device=prompts.device)
-        outputs = self.model(**self._model_inputs(prompts, attention_mask, 1), output_hidden_states=True)
-        return self.value_net(outputs.hidden_states[-1][:, -1].float())
+        with self._precision():
+            hidden = self.readout(self.model, self.model_inputs(prompts, attention_mask), with_hidden=True).hidden
+        return self.value_net(hidden[:, -1].float())  # type: ignore[index]
 
-    def evaluate_actions(self, obs: PyTorchObs, actions: th.Tensor) -> tuple[th.Tensor, th.Tensor, th.Tensor | None]:
+    def evaluate_actions(  # type: ignore[override]
+        self, obs: PyTorchObs, actions: th.Tensor
+    ) -> tuple[th.Tensor | None, th.Tensor, th.Tensor | None]:
         """
         Evaluate stored responses in teacher-forced passes.
 
         :param obs: Prompts, padded on the left
         :param actions: Responses, padded with ``PADDING`` on the right
-        :return: values, log-probabilities of the responses' tokens (zero at padding), and, of the same shape, minus the KL
-            divergence to the reference model, if there is one. There is no closed-form entropy: its memory, one number for
-            each entry of the vocabulary, would exceed the model's.
+        :return: values, ``None`` without a value head; log-probabilities of the responses' tokens (zero at padding); and, of
+            the same shape, minus the KL divergence to the reference model, if there is one. There is no closed-form entropy:
+            its memory, one number for each entry of the vocabulary, would exceed the model's.
         """
         prompts, attention_mask = mask_prompts(obs)
         responses = actions.long().reshape(len(prompts), -1)
@@ -256,52 +243,65 @@ class CausalLMPolicy(ActorCriticPolicy):
         order = lengths.argsort(descending=True)
         splits = order.split(self.micro_batch_size or len(order))
         parts = []
-        for rows in splits:
-            arguments = prompts[rows], attention_mask[rows], responses[rows]
-            if len(splits) > 1 and th.is_grad_enabled():
-                parts.append(checkpoint(self._evaluate_part, *arguments, use_reentrant=False))
-            else:
-                parts.append(self._evaluate_part(*arguments))
+        with self._precision():
+            for rows in splits:
+                arguments = prompts[rows], attention_mask[rows], responses[rows]
+                if len(splits) > 1 and th.is_grad_enabled():
+                    parts.append(checkpoint(self._evaluate_part, *arguments, use_reentrant=False))
+                else:
+                    parts.append(self._evaluate_part(*arguments))
         restore = order.argsort()
-        values, log_prob, relative_entropy = (th.cat(tensors)[restore] for tensors in zip(*parts, strict=True))
+        hidden, log_prob, relative_entropy = (th.cat(tensors)[restore] for tensors in zip(*parts, strict=True))
         if isinstance(self.action_space, spaces.Discrete):
             log_prob, relative_entropy = log_prob.flatten(), relative_entropy.flatten()
+        values = None if self.value_net is None else self.value_net(hidden)
         return values, log_prob, relative_entropy if self.has_reference else None
 
     def _evaluate_part(
         self, prompts: th.Tensor, attention_mask: th.Tensor, responses: th.Tensor
     ) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
-        """Values, log-probabilities and minus KL of responses that fit into one pass."""
+        """Of responses that fit into one pass: what their values are read from, log-probabilities and minus KL."""
         mask = responses != PADDING
         # No column that is padding in all rows is computed
         prompt_width, width = int(attention_mask.sum(-1).max()), max(1, int(mask.sum(-1).max()))
         prompts, attention_mask = prompts[:, -prompt_width:], attention_mask[:, -prompt_width:]
-        mask, tokens = mask[:, :width], responses[:, :width].clamp(min=0)
-        inputs = self._model_inputs(
-            th.cat([prompts, tokens], dim=1), th.cat([attention_mask, mask.long()], dim=1), n_logits=width + 1
-        )
-        outputs = self.model(**inputs, output_hidden_states=self.value_net is not None)
-        # The logits at one position are for the token at the next
-        logits = self._token_logits(outputs.logits[:, -width - 1 : -1])
-        truncated = truncate_logits(logits, self.sampling, keep=tokens)
-        padding = (0, responses.shape[1] - width)
-        log_prob = nn.functional.pad(th.where(mask, token_log_prob(truncated, tokens), 0.0), padding)
-        relative_entropy = th.zeros_like(log_prob)
+        tokens = responses[:, :width].clamp(min=0)
+        inputs = self.model_inputs(th.cat([prompts, tokens], dim=1), th.cat([attention_mask, mask[:, :width].long()], dim=1))
+        features, hidden, _ = self.readout(self.model, inputs, with_hidden=self.value_net is not None)
+
+        def of_tokens(features: th.Tensor) -> th.Tensor:
+            # The logits at one position are for the token at the next
+            return features[:, -width - 1 : -1][mask[:, :width]]
+
+        tensors: tuple[th.Tensor, ...] = (of_tokens(features), responses[mask])
         if self.has_reference:
-            reference_logits = self._token_logits(self._reference_logits(inputs)[:, -width - 1 : -1])
-            kl = kl_divergence(logits, reference_logits)
-            relative_entropy = nn.functional.pad(th.where(mask, -kl, 0.0), padding)
-        values = th.zeros(len(prompts), 1, device=prompts.device)
+            tensors += (of_tokens(self._reference_features(inputs)),)
+        results = in_slices(self._evaluate_tokens, tensors, self.model.config.vocab_size)
+        log_prob, *kl = (th.zeros(mask.shape, device=mask.device).masked_scatter(mask, result) for result in results)
+        last_hidden = th.zeros(len(prompts), 1, device=mask.device)
         if self.value_net is not None:
-            values = self.value_net(outputs.hidden_states[-1][:, prompt_width - 1].float())
-        return values, log_prob, relative_entropy
+            last_hidden = hidden[:, prompt_width - 1].float()  # type: ignore[index]
+        return last_hidden, log_prob, -kl[0] if kl else th.zeros_like(log_prob)
+
+    def _evaluate_tokens(
+        self, features: th.Tensor, tokens: th.Tensor, reference: th.Tensor | None = None
+    ) -> tuple[th.Tensor, ...]:
+        """Log-probabilities of some tokens, and KL if there is a reference, each of shape ``(n_tokens,)``."""
+        logits = self.token_logits(self.readout.logits(self.model, features))
+        log_prob = token_log_prob(truncate_logits(logits, self.sampling, keep=tokens), tokens)
+        if reference is None:
+            return (log_prob,)
+        with th.no_grad():
+            model = self.model if self.reference is None else self.reference
+            reference_logits = self.token_logits(self.readout.logits(model, reference, adapted=False))
+        return log_prob, kl_divergence(logits, reference_logits)
 
     @th.no_grad()
-    def _reference_logits(self, inputs: dict[str, Any]) -> th.Tensor:
+    def _reference_features(self, inputs: dict[str, Any]) -> th.Tensor:
         if self.reference is not None:
-            return self.reference(**inputs).logits
+            return self.readout(self.reference, inputs).features
         with self.model.disable_adapter():  # type: ignore[operator]
-            return self.model(**inputs).logits
+            return self.readout(self.model, inputs).features
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
         model, model_kwargs = self._source
@@ -317,6 +317,7 @@ class CausalLMPolicy(ActorCriticPolicy):
             "lora": self.lora,
             "gradient_checkpointing": self.gradient_checkpointing,
             "micro_batch_size": self.micro_batch_size,
+            "max_cache_tokens": self.max_cache_tokens,
             "value_head": self.has_value_head,
             "reference_kl": self.has_reference,
             "optimizer_class": self.optimizer_class,

@@ -11,7 +11,7 @@ class Sampling:
     """
     How tokens are sampled. The defaults are the paper's for training: the model's own distribution.
 
-    :param temperature: The logits are divided by it; 0 takes the most probable token.
+    :param temperature: The logits are divided by it; 0 takes the most probable token, of several the one with the lowest id.
     :param top_k: Sample from the ``top_k`` most probable tokens only; ``None`` for all.
     :param top_p: Sample from the smallest set of most probable tokens whose probability reaches ``top_p`` only; 1 for all.
     :raises ValueError: A number is out of its range.
@@ -44,12 +44,14 @@ def truncate_logits(logits: th.Tensor, sampling: Sampling, keep: th.Tensor | Non
     logits = logits.float()
     if sampling.temperature > 0:
         logits = logits / sampling.temperature
-    top_k = 1 if sampling.temperature == 0 else sampling.top_k
-    if top_k is None and sampling.top_p == 1:
+    if sampling.temperature > 0 and sampling.top_k is None and sampling.top_p == 1:
         return logits
     removed = th.zeros_like(logits, dtype=th.bool)
-    if top_k is not None and top_k < logits.shape[-1]:
-        removed = logits < logits.topk(top_k).values[..., -1:]
+    # By index, not by value: ties are common in bfloat16, and of equal logits only so many are to stay
+    if sampling.temperature == 0:
+        removed = ~removed.scatter(-1, logits.argmax(-1, keepdim=True), True)
+    elif sampling.top_k is not None and sampling.top_k < logits.shape[-1]:
+        removed = ~removed.scatter(-1, logits.topk(sampling.top_k).indices, True)
     if sampling.top_p < 1:
         probabilities, order = logits.masked_fill(removed, -math.inf).softmax(-1).sort(-1, descending=True)
         # A token stays if those before it have not reached top_p; the first one always does

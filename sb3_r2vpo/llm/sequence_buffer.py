@@ -1,7 +1,8 @@
 """Rollouts of whole responses: one row holds a prompt, all tokens of a response, and their behaviour log-probabilities."""
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from functools import partial
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -9,6 +10,7 @@ import torch as th
 from stable_baselines3.common.buffers import DictRolloutBuffer
 from stable_baselines3.common.type_aliases import TensorDict
 
+from sb3_r2vpo.common.checks import check_flag
 from sb3_r2vpo.common.rollout import TIME_MAJOR, PaddedSamples, flatten
 from sb3_r2vpo.core.batch import Minibatch, constant_length_mean, sequence_mean, token_mean
 
@@ -37,6 +39,16 @@ class SequenceRolloutBufferSamples(NamedTuple):
     mask: th.Tensor
 
 
+def group_means(scores: np.ndarray, groups: np.ndarray) -> np.ndarray:
+    """
+    :param scores: Any shape
+    :param groups: Label of each one's group, same shape
+    :return: The mean of each one's group, same shape, in float64
+    """
+    _, inverse, counts = np.unique(groups.ravel(), return_inverse=True, return_counts=True)
+    return (np.bincount(inverse, weights=scores.ravel().astype(np.float64)) / counts)[inverse].reshape(scores.shape)
+
+
 def group_advantages(scores: np.ndarray, groups: np.ndarray, kind: str = "group") -> np.ndarray:
     """
     Advantages of responses relative to the other responses to the same prompt; no critic.
@@ -50,9 +62,7 @@ def group_advantages(scores: np.ndarray, groups: np.ndarray, kind: str = "group"
     :return: Advantages, same shape. Responses alone in their group get zero.
     """
     _, inverse, counts = np.unique(groups.ravel(), return_inverse=True, return_counts=True)
-    scores_64 = scores.ravel().astype(np.float64)
-    means = (np.bincount(inverse, weights=scores_64) / counts)[inverse]
-    advantages = scores_64 - means
+    advantages = (scores.astype(np.float64) - group_means(scores, groups)).ravel()
     if kind == "group":
         stds = np.sqrt(np.bincount(inverse, weights=advantages**2) / counts)[inverse]
         advantages /= stds + 1e-6
@@ -83,10 +93,18 @@ class SequenceRolloutBuffer(PaddedSamples, DictRolloutBuffer):
         by ``max_new_tokens``).
     :param filter_uniform_groups: Leave out groups whose scores are all equal (DAPO's filter, without its resampling): their
         advantages are zero, and they would only dilute the loss. By default they stay, and are held in place by the penalty.
+    :param mask_truncated: Leave out responses that the length limit cut off (DAPO's overlong filter): their reward tells
+        little of what they were about to say. They still count for the advantages of their group. By default they are trained
+        on.
     :raises ValueError: An option is unknown, or a rollout is longer than ``MAX_BATCHES`` steps.
     """
 
     time_major = (*TIME_MAJOR, "groups", "selected")
+
+    # Defaults of the class: rollouts in older files lack them
+    mask_truncated = False
+    #: Of the last rollout, by the names that they are logged with under ``rollout/``; empty before there is one
+    statistics: Mapping[str, float] = MappingProxyType({})
 
     def __init__(
         self,
@@ -94,6 +112,7 @@ class SequenceRolloutBuffer(PaddedSamples, DictRolloutBuffer):
         advantage: str = "group",
         loss_normalization: str = "token",
         filter_uniform_groups: bool = False,
+        mask_truncated: bool = False,
         **kwargs: Any,
     ) -> None:
         if advantage not in ADVANTAGES:
@@ -103,7 +122,11 @@ class SequenceRolloutBuffer(PaddedSamples, DictRolloutBuffer):
                 f"`loss_normalization` is {loss_normalization!r}; choose one of {', '.join(LOSS_NORMALIZATIONS)}."
             )
         self.advantage = advantage
+        for name, flag in (("filter_uniform_groups", filter_uniform_groups), ("mask_truncated", mask_truncated)):
+            check_flag(name, flag)
         self.filter_uniform_groups = filter_uniform_groups
+        if mask_truncated:
+            self.mask_truncated = True
         super().__init__(*args, **kwargs)
         averages: dict[str, Callable[..., th.Tensor]] = {
             "token": token_mean,
@@ -129,21 +152,55 @@ class SequenceRolloutBuffer(PaddedSamples, DictRolloutBuffer):
         :param dones: Whether the last step ended the episodes
         :raises ValueError: The rollout ends within a conversation.
         """
-        if self.groups is None:
-            self.groups = self._label_groups(dones)
+        is_new, groups = self.groups is None, self.groups
+        if groups is None:
+            groups = self.groups = self._label_groups(dones)
             # A turn in which the environment had nothing to ask is no response
-            self.selected = (self.actions != PADDING).any(axis=-1)
+            lengths = (self.actions != PADDING).sum(axis=-1)
+            self.selected = lengths > 0
+            truncated = self.selected & (lengths == self.action_dim) & ~np.isin(self.actions[..., -1], self._eos_token_ids)
         if self.advantage == "gae":
             super().compute_returns_and_advantage(last_values, dones)
         conversations = np.cumsum(self.episode_starts[:, 0]).astype(int) - 1
         scores = np.stack([self.rewards[conversations == i].sum(axis=0) for i in range(conversations[-1] + 1)])
         if self.advantage != "gae":
-            self.advantages = group_advantages(scores, self.groups, self.advantage)[conversations]
+            self.advantages = group_advantages(scores, groups, self.advantage)[conversations]
             self.returns = scores[conversations]
+        # Not `!= 0`: the mean of equal floats may differ from them in the last digit
+        differs = np.abs(group_advantages(scores, groups, "group_mean")) > 1e-6
+        if is_new:
+            self.statistics = self._summary(scores, differs, lengths[self.selected], truncated[self.selected])
+            if self.mask_truncated:
+                self.selected &= ~truncated
         if self.filter_uniform_groups:
-            # Not `!= 0`: the mean of equal floats may differ from them in the last digit
-            differs = np.abs(group_advantages(scores, self.groups, "group_mean")) > 1e-6
-            self.selected &= np.isin(self.groups, self.groups[differs])[conversations]
+            self.selected &= np.isin(groups, groups[differs])[conversations]
+
+    @property
+    def _eos_token_ids(self) -> list[int]:
+        return list(getattr(self.action_space, "eos_token_ids", ()))
+
+    def _summary(
+        self, scores: np.ndarray, differs: np.ndarray, lengths: np.ndarray, truncated: np.ndarray
+    ) -> dict[str, float]:
+        """
+        :param scores: Of all conversations
+        :param differs: Whether they differ from the mean of their group
+        :param lengths: Tokens of each response that is not empty
+        :param truncated: Whether the length limit cut it off
+        :return: What is logged of a rollout. The entropy is estimated by minus the log-probabilities of the sampled tokens.
+        """
+        groups = np.unique(self.groups)  # type: ignore[arg-type]
+        spread = scores.ravel() - group_means(scores, self.groups).ravel()  # type: ignore[arg-type]
+        return {
+            "reward_mean": float(scores.mean()),
+            "reward_std": float(scores.std()),
+            "reward_std_within_groups": float(np.sqrt(np.square(spread).mean())),
+            "uniform_groups": 1 - len(np.unique(self.groups[differs])) / len(groups),  # type: ignore[index]
+            "length_mean": float(lengths.mean()),
+            "length_max": float(lengths.max()),
+            "truncated": float(truncated.mean()),
+            "entropy": float(-self.log_probs[self.actions != PADDING].mean()),
+        }
 
     def minibatch(self, samples: SequenceRolloutBufferSamples) -> Minibatch:
         return Minibatch(samples, samples.mask, self.average)

@@ -7,7 +7,7 @@ import numpy as np
 from gymnasium import spaces
 
 from sb3_r2vpo.llm.spaces import pad_left, prompt_space
-from sb3_r2vpo.llm.task import Conversation, Task, checked_reward, draw_problem
+from sb3_r2vpo.llm.task import Conversation, Task, checked_reward, checked_rewards, draw_problem
 
 
 class TokenEnv(gym.Env[dict[str, Any], np.int64]):
@@ -42,6 +42,7 @@ class TokenEnv(gym.Env[dict[str, Any], np.int64]):
         max_reply_tokens: int = 0,
         render_mode: str | None = None,
     ) -> None:
+        task.check_prompts(max_prompt_tokens)
         self.task = task
         self.max_prompt_tokens = max_prompt_tokens
         self.max_new_tokens = max_new_tokens
@@ -71,7 +72,7 @@ class TokenEnv(gym.Env[dict[str, Any], np.int64]):
             conversation.replies.append(reply)
             conversation.turns.append([])
             return self._observation(), reward, False, False, {}
-        reward += checked_reward(self.task.reward(conversation), conversation, self.task)
+        reward += checked_rewards(self.task, [conversation])[0]
         return self._observation(), reward, True, not ended, {}
 
     def action_masks(self) -> np.ndarray:

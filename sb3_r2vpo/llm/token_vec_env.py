@@ -9,7 +9,7 @@ from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_r2vpo.common.random_state import bit_generator
 from sb3_r2vpo.llm.spaces import PADDING, ResponseSpace, pad_left, prompt_space
-from sb3_r2vpo.llm.task import Conversation, Problem, Task, checked_reward, draw_problem
+from sb3_r2vpo.llm.task import Conversation, Problem, Task, checked_reward, checked_rewards, draw_problem
 from sb3_r2vpo.llm.token_env import next_reply
 
 
@@ -31,7 +31,8 @@ class TokenVecEnv(VecEnv):
     :param max_turns: Turns of the policy, at most; 1 unless the task replies.
     :param max_reply_tokens: Longest reply of the task, in tokens; 0 for tasks that do not reply.
     :param seed: Of the prompts; an algorithm's own ``seed`` replaces it.
-    :raises ValueError: A number is out of its range, or the task's ``action_mask`` depends on the conversation.
+    :raises ValueError: A number is out of its range, a prompt is known to be too long, or the task's ``action_mask`` depends
+        on the conversation.
     """
 
     action_space: ResponseSpace
@@ -62,6 +63,7 @@ class TokenVecEnv(VecEnv):
                 f"{type(task).__name__} overrides `action_mask`, which is asked token by token: use a TokenEnv. "
                 "Whole responses are generated with one mask for all tokens; pass it to the task as `allowed_tokens`."
             )
+        task.check_prompts(max_prompt_tokens)
         self.task = task
         self.n_prompts = n_prompts
         self.group_size = group_size
@@ -151,6 +153,9 @@ class TokenVecEnv(VecEnv):
             if active[index]:
                 tokens = response[response != PADDING].tolist()
                 conversations[index], rewards[index], active[index] = self._continue(conversations[index], tokens)
+        ended = [index for index in range(self.num_envs) if self.active[index] and not active[index]]
+        if ended:
+            rewards[ended] += checked_rewards(self.task, [conversations[index] for index in ended])
         is_last_turn = self.turn + 1 == self.max_turns
         problems = self._draw_problems() if is_last_turn else []
         # Only now is anything changed: a reward function that raised would have left everything as it was
@@ -171,13 +176,13 @@ class TokenVecEnv(VecEnv):
         return observations, rewards, np.full(self.num_envs, is_last_turn), infos
 
     def _continue(self, conversation: Conversation, response: list[int]) -> tuple[Conversation, float, bool]:
-        """The conversation with a response and what the task replied, the reward, and whether it goes on."""
+        """The conversation with a response and what the task replied, the reward of its tokens, and whether it goes on."""
         task = self.task
         conversation = Conversation(conversation.problem, [*conversation.turns, response], conversation.replies)
         reward = token_rewards(task, conversation)
         reply = next_reply(task, conversation, self.max_turns, self.max_reply_tokens)
         if reply is None:
-            return conversation, reward + checked_reward(task.reward(conversation), conversation, task), False
+            return conversation, reward, False
         conversation.replies = [*conversation.replies, reply]
         return conversation, reward, True
 
