@@ -1,4 +1,5 @@
 import math
+import warnings
 from copy import deepcopy
 
 import gymnasium as gym
@@ -6,7 +7,7 @@ import numpy as np
 import pytest
 import torch as th
 from gymnasium import spaces
-from helpers import SMALL, VECTOR, RandomEnv, logged, weights
+from helpers import SMALL, SMALL_PPO, VECTOR, RandomEnv, logged, weights
 from stable_baselines3 import PPO
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
@@ -75,7 +76,15 @@ CRITIC_APART = {"critic_kwargs": {"n_rollouts": 2, "n_epochs": 3, "gae_lambda": 
 @pytest.mark.parametrize("env_id", ["CartPole-v1", "Pendulum-v1"])
 @pytest.mark.parametrize("options", [{}, CRITIC_APART, {"critic_kwargs": {"recompute_advantages": True}}])
 def test_off_with_capacity_1_and_utd_1_is_on_bit_for_bit(env_id, options):
-    settings = {"n_steps": 128, "batch_size": 48, "seed": 3, "device": "cpu", "target_variance": 0.02, **options}
+    settings = {
+        "n_steps": 128,
+        "batch_size": 48,
+        "seed": 3,
+        "device": "cpu",
+        "var_coef": "auto",
+        "target_variance": 0.02,
+        **options,
+    }
     on = R2VPO("MlpPolicy", env_id, **settings).learn(4 * 128)
     off = R2VPOOff("MlpPolicy", env_id, replay_capacity=1, utd_ratio=1, **settings).learn(4 * 128)
     assert th.equal(weights(on), weights(off))
@@ -96,7 +105,7 @@ def test_constraint_has_no_pull_on_the_standard_deviations_when_it_is_compensate
         var_coef=var_coef,
         objective_kwargs={"compensate_entropy": compensate_entropy},
         policy_kwargs={"optimizer_class": th.optim.SGD},
-        **SMALL,
+        **SMALL_PPO,
     )
     observations = th.randn(n_samples, 3)
     with th.no_grad():
@@ -214,7 +223,8 @@ FAST = {"dual_learning_rate": 1.0}
 
 
 def test_adaptive_multiplier_holds_the_target_variance():
-    model = R2VPO("MlpPolicy", "CartPole-v1", n_steps=512, target_variance=0.01, objective_kwargs=FAST, seed=0, device="cpu")
+    kwargs = {"var_coef": "auto", "target_variance": 0.01, "objective_kwargs": FAST}
+    model = R2VPO("MlpPolicy", "CartPole-v1", n_steps=512, seed=0, device="cpu", **kwargs)
     variances = []
     train = model.train
 
@@ -255,9 +265,8 @@ def test_schedules():
     model = R2VPO(
         "MlpPolicy",
         "CartPole-v1",
-        var_coef=LinearSchedule(start=1.0, end=0.0, end_fraction=1.0),
         target_variance=lambda progress: 0.02 * progress,
-        **SMALL,
+        **SMALL | {"var_coef": LinearSchedule(start=1.0, end=0.0, end_fraction=1.0)},
     )
     # Two iterations: the second is at progress 0
     model.learn(64)
@@ -283,9 +292,36 @@ def test_entropy_coefficient_follows_a_schedule(algorithm):
     assert not th.equal(weights(constant), weights(falling))
 
 
-def test_var_coef_strings():
-    assert multiplier(R2VPO("MlpPolicy", "CartPole-v1")) == DEFAULT_INITIAL_VAR_COEF
+def test_var_coef_default_and_strings():
+    # Fixed, see benchmarks/swap
+    model = R2VPO("MlpPolicy", "CartPole-v1", **SMALL_PPO).learn(64)
+    assert multiplier(model) == pytest.approx(0.3)
+    assert "train/target_variance" not in logged(model)
+    assert multiplier(R2VPO("MlpPolicy", "CartPole-v1", var_coef="auto")) == DEFAULT_INITIAL_VAR_COEF
     assert multiplier(R2VPO("MlpPolicy", "CartPole-v1", var_coef="auto_0.5")) == 0.5
+
+
+def test_clip_range_is_refused_with_what_has_taken_its_place():
+    with pytest.raises(TypeError, match=r"R2VPOOff has no `clip_range`.*`target_variance` with var_coef='auto'"):
+        R2VPOOff("MlpPolicy", "CartPole-v1", clip_range=0.2)
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"target_variance": 0.02}, "target_variance"),
+        ({"objective_kwargs": {"min_var_coef": 0.1, "compensate_entropy": False}}, "min_var_coef"),
+        ({"objective_kwargs": {"dual_learning_rate": 0.1}, "var_coef": lambda _: 1.0}, "dual_learning_rate"),
+    ],
+)
+def test_options_of_an_adaptive_multiplier_warn_with_a_fixed_one(options, named):
+    with pytest.warns(UserWarning, match=f"^{named} has no effect"):
+        R2VPO("MlpPolicy", "CartPole-v1", **SMALL_PPO, **options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        R2VPO("MlpPolicy", "CartPole-v1", **SMALL_PPO, **options | {"var_coef": "auto"})
+        baseline = {**options, "objective": "ppo_clip", "objective_kwargs": {"clip_range": 0.2}}
+        R2VPO("MlpPolicy", "CartPole-v1", **SMALL_PPO, **baseline)
 
 
 # --- logs --------------------------------------------------------------------------------------------------------------
@@ -394,7 +430,7 @@ def test_on_policy_model_goes_on_off_policy(tmp_path):
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_ppo_zip_is_refused(algorithm, tmp_path):
-    PPO("MlpPolicy", "CartPole-v1", **SMALL).save(tmp_path / "ppo")
+    PPO("MlpPolicy", "CartPole-v1", **SMALL_PPO).save(tmp_path / "ppo")
     with pytest.raises(ValueError, match=r"`clip_range`, such as PPO.*load_state_dict"):
         algorithm.load(tmp_path / "ppo")
 

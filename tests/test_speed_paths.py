@@ -827,7 +827,7 @@ def test_later_updates_and_other_models_of_the_same_kind_are_not_compiled_anew()
     for var_coef in ("auto", schedule):
         counters.clear()
         for _ in range(2):
-            model = R2VPO("MlpPolicy", "Pendulum-v1", compile=True, var_coef=var_coef, **coefficients, **SMALL)
+            model = R2VPO("MlpPolicy", "Pendulum-v1", compile=True, **SMALL | coefficients | {"var_coef": var_coef})
             model.learn(3 * 32)
         assert counters["stats"]["unique_graphs"] <= 2, "one for each model"
         assert not counters["graph_break"]

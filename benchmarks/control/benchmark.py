@@ -72,7 +72,7 @@ FINAL_SEED = 100
 
 def floor(min_var_coef: float) -> Settings:
     """The multiplier's lower bound, without what came after the final round."""
-    return {"objective_kwargs": {"min_var_coef": min_var_coef, "compensate_entropy": False}}
+    return {"var_coef": "auto", "objective_kwargs": {"min_var_coef": min_var_coef, "compensate_entropy": False}}
 
 
 #: What studies and the final round begin with: PPO's shipped settings, and nothing that was found after them
@@ -178,12 +178,14 @@ def ppo_space(trial: optuna.Trial) -> Settings:
 
 
 def r2vpo_space(trial: optuna.Trial) -> Settings:
-    return {**shared_space(trial), "target_variance": trial.suggest_float("target_variance", 0.003, 0.05, log=True)}
+    target_variance = trial.suggest_float("target_variance", 0.003, 0.05, log=True)
+    return {**shared_space(trial), "var_coef": "auto", "target_variance": target_variance}
 
 
 def r2vpo_off_space(trial: optuna.Trial) -> Settings:
     return {
         **shared_space(trial),
+        "var_coef": "auto",
         "target_variance": trial.suggest_float("target_variance", 0.01, 0.2, log=True),
         "replay_capacity": trial.suggest_categorical("replay_capacity", [2, 4, 8]),
     }
