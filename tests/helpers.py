@@ -15,9 +15,7 @@ import pytest
 import torch as th
 from gymnasium import spaces
 
-SMALL_PPO = {"n_steps": 32, "batch_size": 16, "n_epochs": 2, "seed": 0, "device": "cpu"}
-#: With the multiplier that has a state
-SMALL = {**SMALL_PPO, "var_coef": "auto"}
+SMALL = {"n_steps": 32, "batch_size": 16, "n_epochs": 2, "seed": 0, "device": "cpu"}
 VECTOR = spaces.Box(-1, 1, (3,), dtype=np.float32)
 
 

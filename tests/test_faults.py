@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch as th
 from gymnasium import spaces
-from helpers import SMALL, SMALL_PPO, VECTOR, RandomEnv, weights
+from helpers import SMALL, VECTOR, RandomEnv, weights
 from stable_baselines3 import PPO
 from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.callbacks import BaseCallback, CheckpointCallback
@@ -161,7 +161,7 @@ def test_load_may_change_the_critic(tmp_path: Path, saved, loaded) -> None:
 
 @pytest.mark.parametrize("kwargs", [{}, SEPARATE])
 def test_parameters_of_ppo_can_be_set(kwargs) -> None:
-    ppo = PPO("MlpPolicy", env(), **SMALL_PPO)
+    ppo = PPO("MlpPolicy", env(), **SMALL)
     ppo.learn(32)
     model = make(**kwargs)
     model.set_parameters(ppo.get_parameters(), exact_match=False)
@@ -251,7 +251,7 @@ def test_replaced_layers_act_and_are_trained_as_by_ppo() -> None:
         model.learn(64, reset_num_timesteps=False)
         return weights(model)
 
-    assert th.equal(replaced(lambda: make(objective="ppo_clip")), replaced(lambda: PPO("MlpPolicy", env(), **SMALL_PPO)))
+    assert th.equal(replaced(lambda: make(objective="ppo_clip")), replaced(lambda: PPO("MlpPolicy", env(), **SMALL)))
 
 
 def test_hooks_are_called() -> None:
@@ -507,9 +507,9 @@ def test_time_limits_are_noted_only_where_they_are_used() -> None:
 
 
 def test_our_policy_is_sb3s_for_other_algorithms() -> None:
-    ours = PPO(MlpPolicy, env(2), **SMALL_PPO)
+    ours = PPO(MlpPolicy, env(2), **SMALL)
     ours.learn(128)
-    theirs = PPO("MlpPolicy", env(2), **SMALL_PPO)
+    theirs = PPO("MlpPolicy", env(2), **SMALL)
     theirs.learn(128)
     assert th.equal(weights(ours), weights(theirs))
     assert list(ours.policy.state_dict()) == list(theirs.policy.state_dict())

@@ -18,7 +18,7 @@ from test_maskable import NumberedEnv, numbers
 from sb3_r2vpo.maskable import MaskableR2VPO
 from sb3_r2vpo.recurrent import MaskableMlpLstmPolicy, MaskableRecurrentR2VPO, MlpLstmPolicy, RecurrentR2VPO
 
-SMALL = {"n_steps": 32, "batch_size": 24, "n_epochs": 2, "seed": 0, "device": "cpu", "var_coef": "auto"}
+SMALL = {"n_steps": 32, "batch_size": 24, "n_epochs": 2, "seed": 0, "device": "cpu"}
 NETWORK = {"lstm_hidden_size": 8, "net_arch": [8]}
 DISCRETE, BINARY = spaces.Discrete(5), spaces.MultiBinary(3)
 MULTI = spaces.MultiDiscrete([3, 4])

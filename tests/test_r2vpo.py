@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch as th
 from gymnasium import spaces
-from helpers import SMALL, SMALL_PPO, VECTOR, RandomEnv, logged, weights
+from helpers import SMALL, VECTOR, RandomEnv, logged, weights
 from stable_baselines3 import PPO
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
@@ -105,7 +105,7 @@ def test_constraint_has_no_pull_on_the_standard_deviations_when_it_is_compensate
         var_coef=var_coef,
         objective_kwargs={"compensate_entropy": compensate_entropy},
         policy_kwargs={"optimizer_class": th.optim.SGD},
-        **SMALL_PPO,
+        **SMALL,
     )
     observations = th.randn(n_samples, 3)
     with th.no_grad():
@@ -293,11 +293,11 @@ def test_entropy_coefficient_follows_a_schedule(algorithm):
 
 
 def test_var_coef_default_and_strings():
-    # Fixed, see benchmarks/swap
-    model = R2VPO("MlpPolicy", "CartPole-v1", **SMALL_PPO).learn(64)
-    assert multiplier(model) == pytest.approx(0.3)
-    assert "train/target_variance" not in logged(model)
-    assert multiplier(R2VPO("MlpPolicy", "CartPole-v1", var_coef="auto")) == DEFAULT_INITIAL_VAR_COEF
+    assert R2VPO("MlpPolicy", "CartPole-v1").policy_loss.multiplier.adaptive
+    assert multiplier(R2VPO("MlpPolicy", "CartPole-v1")) == DEFAULT_INITIAL_VAR_COEF
+    fixed = R2VPO("MlpPolicy", "CartPole-v1", **SMALL, var_coef=0.3).learn(64)
+    assert multiplier(fixed) == pytest.approx(0.3)
+    assert "train/target_variance" not in logged(fixed)
     assert multiplier(R2VPO("MlpPolicy", "CartPole-v1", var_coef="auto_0.5")) == 0.5
 
 
@@ -316,12 +316,12 @@ def test_clip_range_is_refused_with_what_has_taken_its_place():
 )
 def test_options_of_an_adaptive_multiplier_warn_with_a_fixed_one(options, named):
     with pytest.warns(UserWarning, match=f"^{named} has no effect"):
-        R2VPO("MlpPolicy", "CartPole-v1", **SMALL_PPO, **options)
+        R2VPO("MlpPolicy", "CartPole-v1", **SMALL | {"var_coef": 0.3} | options)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        R2VPO("MlpPolicy", "CartPole-v1", **SMALL_PPO, **options | {"var_coef": "auto"})
+        R2VPO("MlpPolicy", "CartPole-v1", **SMALL, **options | {"var_coef": "auto"})
         baseline = {**options, "objective": "ppo_clip", "objective_kwargs": {"clip_range": 0.2}}
-        R2VPO("MlpPolicy", "CartPole-v1", **SMALL_PPO, **baseline)
+        R2VPO("MlpPolicy", "CartPole-v1", **SMALL, **baseline)
 
 
 # --- logs --------------------------------------------------------------------------------------------------------------
@@ -430,7 +430,7 @@ def test_on_policy_model_goes_on_off_policy(tmp_path):
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_ppo_zip_is_refused(algorithm, tmp_path):
-    PPO("MlpPolicy", "CartPole-v1", **SMALL_PPO).save(tmp_path / "ppo")
+    PPO("MlpPolicy", "CartPole-v1", **SMALL).save(tmp_path / "ppo")
     with pytest.raises(ValueError, match=r"`clip_range`, such as PPO.*load_state_dict"):
         algorithm.load(tmp_path / "ppo")
 

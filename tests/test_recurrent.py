@@ -17,7 +17,7 @@ from sb3_r2vpo import R2VPO
 from sb3_r2vpo.recurrent import MlpLstmPolicy, RecurrentR2VPO, sequences
 from sb3_r2vpo.recurrent.sequences import SequenceRolloutBuffer
 
-SMALL = {"n_steps": 32, "batch_size": 24, "n_epochs": 2, "seed": 0, "device": "cpu", "var_coef": "auto"}
+SMALL = {"n_steps": 32, "batch_size": 24, "n_epochs": 2, "seed": 0, "device": "cpu"}
 NETWORK = {"lstm_hidden_size": 8, "net_arch": [8]}
 IMAGE = spaces.Box(0, 255, (3, 36, 36), np.uint8)
 DICT = spaces.Dict({"a": VECTOR, "b": spaces.Discrete(3)})

@@ -180,6 +180,9 @@ def old_names(settings: Settings) -> Settings:
     arguments |= {critic_names.get(name, name): value for name, value in critic.items()}
     if arguments.get("objective", "r2vpo").startswith("r2vpo"):
         arguments |= arguments.pop("objective_kwargs", {})
+    # The default then
+    if arguments.get("var_coef") == "auto":
+        del arguments["var_coef"]
     return arguments
 
 

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from benchmark import COMPARED, TASKS, make_env, paths, read_rows, write_rows
+from benchmark import METHODS, TASKS, make_env, paths, read_rows, write_rows
 from matplotlib import pyplot as plt
 from rliable import library, metrics
 
@@ -21,7 +21,7 @@ from readme_tables import write_tables  # noqa: E402
 RANDOM = HERE / "results" / "random.csv"
 N_RANDOM_EPISODES = 20
 N_BOOTSTRAPS = 2_000
-LABELS = {"ppo": "PPO", "r2vpo": "R2VPO", "r2vpo_off": "R2VPOOff"}
+LABELS = {"ppo": "PPO", "r2vpo": "R2VPO", "r2vpo_off": "R2VPOOff", "r2vpo_fixed": "R2VPO, λ 0.3"}
 DISCRETE = tuple(task for task in TASKS if task.startswith(("MinAtar", "CartPole", "Acrobot")) or task == "LunarLander-v3")
 
 #: Return of each evaluation, an array of shape (seeds, evaluations) for each task
@@ -107,6 +107,9 @@ def task_table(curves: dict[str, Curves], tasks: list[str]) -> list[list[str]]:
     for task in tasks:
         row = [task, f"{TASKS[task]:,}"]
         for method, runs in curves.items():
+            if task not in runs:
+                row += ["", "", ""]
+                continue
             final = runs[task][:, -1]
             row += [f"{final.mean():.4g} ± {final.std():.3g} ({len(final)})", f"{(runs[task].max(1) - final).mean():.3g}"]
             row += [] if method == "ppo" else [f"{better(curves, method, task):.2f}"]
@@ -131,7 +134,9 @@ def plot(curves: dict[str, Curves], tasks: list[str]) -> None:
     n_columns = 6
     figure, axes = plt.subplots(-(-len(tasks) // n_columns), n_columns, figsize=(16, 8), squeeze=False)
     for axis, task in zip(axes.flat, tasks, strict=False):
-        for method, style in zip(curves, ("--", "-", "-."), strict=False):
+        for method, style in zip(curves, ("--", "-", "-.", ":"), strict=False):
+            if task not in curves[method]:
+                continue
             returns = curves[method][task]
             steps = np.arange(1, returns.shape[1] + 1) / returns.shape[1] * TASKS[task] / 1000
             (line,) = axis.plot(steps, returns.mean(0), style, label=LABELS[method])
@@ -149,18 +154,19 @@ def plot(curves: dict[str, Curves], tasks: list[str]) -> None:
 
 
 def main() -> None:
-    curves = {method: runs for method in COMPARED if (runs := curves_of(method))}
+    curves = {method: runs for method in METHODS if (runs := curves_of(method))}
     tasks = [task for task in TASKS if all(task in runs for runs in curves.values())]
+    begun = [task for task in curves["ppo"] if any(task in runs for method, runs in curves.items() if method != "ppo")]
     groups = {
         "all": tasks,
         "discrete actions": [task for task in tasks if task in DISCRETE],
         "continuous actions": [task for task in tasks if task not in DISCRETE],
     }
     groups = {f"{name} ({len(group)})": group for name, group in groups.items() if group}
-    tables = {"aggregates": aggregate_table(curves, groups), "tasks": task_table(curves, tasks)}
+    tables = {"aggregates": aggregate_table(curves, groups), "tasks": task_table(curves, begun)}
     tables["multipliers"] = multiplier_table()
     write_tables(HERE / "README.md", tables)
-    plot(curves, tasks)
+    plot(curves, begun)
 
 
 if __name__ == "__main__":
