@@ -56,8 +56,8 @@ def test_ended_workers_leave_no_file_open() -> None:
 
     gc.disable()
     try:
-        # The first one starts what stays
+        # The first one starts what stays; what earlier tests have left may go at any time
         first = files_after_use()
-        assert files_after_use() == first
+        assert files_after_use() <= first
     finally:
         gc.enable()
