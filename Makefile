@@ -24,7 +24,7 @@ train: install  ## Train R2VPO on dm_control/cartpole-swingup, show the result i
 	$(BIN)/python examples/cartpole_swingup.py
 
 test: install  ## Run all tests
-	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist worksteal
+	$(BIN)/python -m pytest
 
 lint: install  ## Check style and types
 	$(BIN)/ruff check .

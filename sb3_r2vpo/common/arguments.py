@@ -108,12 +108,6 @@ class Arguments(OnPolicyAlgorithm):
         if hasattr(self, "action_space") and not hasattr(self.action_space, "rollout_buffer_class"):
             flattens = "features_extractor_class" not in (self.policy_kwargs or {})
             check_spaces(self.observation_space, self.action_space, flattens)
-        buffer = getattr(self, "rollout_buffer", None)
-        if buffer is not None and buffer.buffer_size != self.n_steps:
-            raise ValueError(
-                f"`n_steps` is {self.n_steps}, but the rollout buffer was made for {buffer.buffer_size} steps, and would be "
-                "trained on with old ones. Set it where the model is made or loaded: `load(path, env=env, n_steps=...)`."
-            )
         if hasattr(self, "n_envs"):
             check_batch_size(self.batch_size, self.n_steps, self.n_envs, self.normalize_advantage, warn=False)
 

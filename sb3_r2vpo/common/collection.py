@@ -53,6 +53,12 @@ class RolloutCollection(Arguments):
     def collect_rollouts(
         self, env: VecEnv, callback: BaseCallback, rollout_buffer: RolloutBuffer, n_rollout_steps: int, **kwargs: Any
     ) -> bool:
+        if rollout_buffer.buffer_size != n_rollout_steps:
+            raise ValueError(
+                f"`n_steps` is {n_rollout_steps}, but the rollout buffer was made for {rollout_buffer.buffer_size} steps, and "
+                "would be trained on with old ones. Set it where the model is made or loaded: "
+                "`load(path, env=env, n_steps=...)`."
+            )
         self._follow_arguments()
         refuse_nonfinite_weights(self.policy)
         if self.noise.schedule is not None:
