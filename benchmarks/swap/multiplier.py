@@ -1,4 +1,4 @@
-"""R2VPO with fixed and adaptive multipliers on five tasks, default arguments otherwise: how 0.3 became the default.
+"""R2VPO with fixed and adaptive multipliers on five tasks, default arguments otherwise.
 
     python benchmarks/swap/multiplier.py                            all runs that results/multiplier.csv lacks
     python benchmarks/swap/multiplier.py --values 0.3 auto --seeds 1
