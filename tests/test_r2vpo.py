@@ -306,6 +306,15 @@ def test_clip_range_is_refused_with_what_has_taken_its_place():
         R2VPOOff("MlpPolicy", "CartPole-v1", clip_range=0.2)
 
 
+def test_a_subclass_may_have_a_clip_range_of_its_own():
+    class Clipped(R2VPO):
+        def __init__(self, *args: Any, clip_range: float, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            self.clip_range = clip_range
+
+    assert Clipped("MlpPolicy", "CartPole-v1", clip_range=0.3).clip_range == 0.3
+
+
 @pytest.mark.parametrize(
     ("options", "named"),
     [

@@ -4,6 +4,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterator
 from copy import deepcopy
+from inspect import signature
 from itertools import compress, pairwise
 from typing import Any, ClassVar
 
@@ -44,8 +45,9 @@ class RatioVarianceAlgorithm(ReplaySaving, RolloutCollection):
     }
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
-        # The one argument of PPO's that has gone: Python's own error would not say what has taken its place
-        if "clip_range" in kwargs:
+        # The one argument of PPO's that has gone: Python's own error would not say what has taken its place.
+        # A subclass may have one of its own
+        if "clip_range" in kwargs and "clip_range" not in signature(cls.__init__).parameters:
             raise TypeError(
                 f"{cls.__name__} has no `clip_range`: the variance of the ratio is limited in its place. Leave it out, or set "
                 "`var_coef`, the multiplier, or `target_variance` with var_coef='auto'. objective='ppo_clip' with "
