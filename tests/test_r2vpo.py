@@ -1,6 +1,7 @@
 import math
 import warnings
 from copy import deepcopy
+from typing import Any
 
 import gymnasium as gym
 import numpy as np

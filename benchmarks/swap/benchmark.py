@@ -43,12 +43,13 @@ from stable_baselines3.common.utils import safe_mean
 from stable_baselines3.common.vec_env import DummyVecEnv
 
 RESULTS = Path(__file__).parent / "results"
-#: The three that are compared, and R2VPO with a fixed multiplier
+#: The three that are compared, and R2VPO with fixed multipliers
 METHODS: dict[str, dict[str, Any]] = {
     "ppo": {},
     "r2vpo": {},
     "r2vpo_off": {},
     "r2vpo_fixed": {"var_coef": 0.3},
+    "r2vpo_fixed_1": {"var_coef": 1.0},
 }
 COMPARED = ("ppo", "r2vpo", "r2vpo_off")
 #: Environment steps of each task, cheap tasks first
