@@ -2,6 +2,7 @@
 
 import copy
 import math
+import re
 import warnings
 
 import numpy as np
@@ -124,6 +125,17 @@ def test_a_bad_number_is_refused_before_it_acts(where: str, value: float, normal
     assert weights(model).isfinite().all()
     assert not th.equal(weights(model), th.as_tensor(before["weights"]))
     assert len(model.replay_buffer) == 2
+
+
+@pytest.mark.parametrize("value", [1e200, -1e39, 1.7e308])
+@pytest.mark.parametrize("n_numbers", [3, 40])
+def test_an_observation_that_32_bits_cannot_hold_is_refused(n_numbers: int, value: float) -> None:
+    space = spaces.Box(-np.inf, np.inf, (n_numbers,), np.float64)
+    env = VecNormalize(poisoned_envs("observation", value, space))
+    model = R2VPO("MlpPolicy", env, **SMALL).learn(64)
+    with pytest.raises(ValueError, match=re.escape(f"is {value}, more than 32 bits hold, at step 13")):
+        model.learn(64, reset_num_timesteps=False)
+    assert all(np.isfinite(array).all() for array in statistics(env).values())
 
 
 @pytest.mark.parametrize("normalize", [False, True])
